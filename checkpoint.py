@@ -1,0 +1,121 @@
+"""Checkpoint files: written whole or not at all, read without running anything that is in them.
+
+    checkpoint.pt         all that a run needs to go on: see `train.py`
+    NAME.safetensors      the averaged weights alone, to publish; the description below as JSON in the metadata
+    a state dict, .pt     weights of the official DiT, with the name of the model told beside
+
+The first two describe themselves: {"format", "config" of the DiT, "diffusion", "classes", "data", "step"}.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from diffusion import Diffusion
+from dit import MODELS, DiT, DiTConfig
+
+FORMAT = "dit-from-scratch 1"
+
+
+class CheckpointError(Exception):
+    """The file cannot be used; the message is one line that says why and names the fix."""
+
+
+def describe(config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int) -> dict:
+    """What a checkpoint says of itself, in plain types. classes: names; data: the source of the images, in words."""
+    return dict(
+        format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step
+    )
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint. The one that was there stays until the new one is complete on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_weights(path: Path, weights: dict, description: dict) -> None:
+    """Write weights (names to tensors) as safetensors, with their description."""
+    partial = path.with_name(path.name + ".partial")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, partial, metadata={"description": json.dumps(description)})
+    os.replace(partial, path)
+
+
+def load(path: Path, model: str | None = None) -> dict:
+    """A checkpoint on the CPU: its description, "ema", the averaged weights, and for a checkpoint.pt also all the rest.
+
+    path:  a file as above, or the folder of a run
+    model: for official weights, which do not name their model: one of MODELS, DiT-XL/2 say
+
+    Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}: give a .pt or .safetensors file, or the folder of a run")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state = json.loads((file.metadata() or {}).get("description", "{}"))
+                state["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            # weights_only: tensors and plain types; a pickle that asks for anything else is refused, not run.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can provoke any exception of the two libraries'
+        reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:120] or type(error).__name__
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors; nothing in it was run ({reason}): "
+            "use a checkpoint of train.py, a .safetensors file or a plain state dict"
+        ) from error
+    if model is not None:
+        return {**describe_official(path, state, model), "ema": state}
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = f"format {state['format']!r}" if isinstance(state, dict) and "format" in state else "another program's file"
+        raise CheckpointError(
+            f"{path} is {found}, not {FORMAT!r}: make a new one with train.py; for official DiT weights add --model DiT-XL/2"
+        )
+    return state
+
+
+def describe_official(path: Path, state: dict, model: str) -> dict:
+    """The description of official weights: a model of MODELS, its image size and channels read off the weights."""
+    if model not in MODELS:
+        raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
+    try:
+        side = round(state["pos_embed"].shape[1] ** 0.5)
+        in_channels = state["x_embedder.proj.weight"].shape[1]
+        out_channels = state["final_layer.linear.bias"].shape[0] // MODELS[model]["patch_size"] ** 2
+        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} holds no DiT weights (no {error}): --model is for those of the official code") from error
+    config = DiTConfig(
+        **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels, num_classes=num_classes,
+        learn_sigma=out_channels == 2 * in_channels,
+    )
+    classes = tuple(str(label) for label in range(num_classes))
+    return describe(config, Diffusion("linear", "eps", 1000), classes, "official weights", 0)
+
+
+def build(state: dict, device: torch.device | str = "cpu") -> tuple[DiT, Diffusion, dict]:
+    """A loaded checkpoint as (network with the averaged weights, diffusion, description). Raises CheckpointError."""
+    try:
+        model = DiT(DiTConfig(**state["config"]))
+        model.load_state_dict(state["ema"])
+        diffusion = Diffusion(**state["diffusion"], device=device)
+        description = describe(model.config, diffusion, tuple(state["classes"]), state["data"], state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise CheckpointError(f"the weights do not fit the network that the checkpoint describes: {reason}") from error
+    return model.to(device).eval(), diffusion, description

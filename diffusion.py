@@ -1,0 +1,324 @@
+"""The mathematics of diffusion: noise schedules, the training loss, and the reverse samplers. It knows no network.
+
+Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239, is the default reading:
+
+    Eq. 4        the forward process      Diffusion.q_sample
+    Algorithm 1  training                 training_loss
+    Algorithm 2  sampling                 ddpm
+
+and each relative differs in one place. Whatever the process, a noisy image is x_t = a_t x0 + s_t eps:
+
+    linear   a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), beta from 1e-4 to 0.02      DDPM, section 4
+    cosine   the same, alpha_bar a squared cosine                                      iDDPM, arXiv 2102.09672, Eq. 17
+    flow     a = 1 - tau, s = tau: a straight line from image to noise                 rectified flow, arXiv 2209.03003
+
+Timesteps t run from 0, the least noisy (the paper's t = 1), to T - 1, which is noise. Arrays over t carry one more
+entry, so that index -1 is the clean image: a = 1, s = 0. It is the "alpha_bar_prev" of the last reverse step, which
+therefore adds no noise.
+
+Symbols: x0 clean image in [-1, 1], x_t noisy image, eps ~ N(0, I), a hat (x0_hat) for what the network believes.
+A model is any function model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("linear", "cosine", "flow")
+PREDICTIONS = ("eps", "x0", "v")
+TIMESTEP_DISTRIBUTIONS = ("uniform", "logit-normal")
+
+
+def schedule_table(name: str, T: int) -> tuple[Tensor, Tensor]:
+    """(a, s), each (T,) float64, of a schedule in SCHEDULES."""
+    if name == "flow":
+        # Neither end is reached, so that every prediction can be turned into every other.
+        tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+        return 1 - tau, tau
+    if name == "linear":  # for other T than 1000, scaled so that the last step is as noisy
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    else:
+        u = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = 1 - f[1:] / f[:-1]
+    alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+class Diffusion:
+    """A noise schedule and what the network predicts under it.
+
+    schedule:   linear, cosine or flow
+    prediction: eps, the noise; x0, the image; v, the velocity a' x0 + s' eps, where (a', s') is the derivative of
+                (a, s): (-s, a) for linear and cosine, by their angle (arXiv 2202.00512), (-1, 1) for flow, by tau
+    timesteps:  T; the network sees t in 0 ... T - 1
+    device:     where the tables lie; that of the images
+
+    Raises ValueError for other names and for T below 2.
+    """
+
+    def __init__(
+        self, schedule: str = "linear", prediction: str = "eps", timesteps: int = 1000, device: torch.device | str = "cpu"
+    ):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+        if timesteps < 2:
+            raise ValueError(f"timesteps is {timesteps}: use 2 or more (1000 is usual)")
+        self.config = dict(schedule=schedule, prediction=prediction, timesteps=timesteps)
+        self.prediction, self.T = prediction, timesteps
+
+        a, s = schedule_table(schedule, timesteps)
+        da, ds = (-s, a) if schedule != "flow" else (-torch.ones_like(a), torch.ones_like(s))
+        # Every prediction gives x0 as A x_t + B out:  eps: (x_t - s eps) / a;  v: (s' x_t - s v) / (a s' - s a').
+        A, B = {
+            "eps": (1 / a, -s / a),
+            "x0": (torch.zeros_like(a), torch.ones_like(a)),
+            "v": (ds / (a * ds - s * da), -s / (a * ds - s * da)),
+        }[prediction]
+        # Plain numbers of double precision for the samplers; index -1 is the clean image.
+        self.a, self.s, self.A, self.B = [*a.tolist(), 1.0], [*s.tolist(), 0.0], A.tolist(), B.tolist()
+
+        # float32 tables for training. From double precision, because beta is a small difference of large numbers.
+        posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
+        c, c0, variance, beta = posterior.unbind(1)
+        variance[0] = variance[1]  # it is 0, which has no logarithm; iDDPM, section 3.1
+        tables = dict(a=a, s=s, da=da, ds=ds, A=A, B=B, c=c, c0=c0, log_variance=variance.log(), log_beta=beta.log())
+        self.tables = {name: table.float().to(device) for name, table in tables.items()}
+
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """The values of a table at timesteps t (B,), shaped (B, 1, 1, 1) to multiply images."""
+        return self.tables[name][t].view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """DDPM Eq. 4, in one draw for any t (B,): x_t = a_t x0 + s_t eps."""
+        return self.at("a", t) * x0 + self.at("s", t) * eps
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is asked to predict at x_t = q_sample(x0, t, eps)."""
+        if self.prediction == "v":
+            return self.at("da", t) * x0 + self.at("ds", t) * eps
+        return eps if self.prediction == "eps" else x0
+
+    def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """x0_hat of a prediction `out` at x_t; t is (B,) or one timestep for all."""
+        if isinstance(t, int):
+            return self.A[t] * x_t + self.B[t] * out
+        return self.at("A", t) * x_t + self.at("B", t) * out
+
+    def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
+        """(c, c0, variance, beta): q(x_s | x_t, x0) is N(c x_t + c0 x0, variance), and q(x_t | x_s) has variance beta.
+
+        For s = t - 1 under linear it is DDPM Eq. 6-7; for any smaller s, respacing (iDDPM, section 4). s = -1 is the
+        clean image.
+        """
+        r = self.a[t] / self.a[s]
+        beta = self.s[t] ** 2 - (r * self.s[s]) ** 2
+        ratio = (self.s[s] / self.s[t]) ** 2
+        return r * ratio, self.a[s] * beta / self.s[t] ** 2, beta * ratio, beta
+
+    def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
+        """iDDPM Eq. 15: the second half of the network's output, v, moves the log variance from that of the posterior
+        (v = -1) to beta (v = 1)."""
+        return torch.lerp(self.at("log_variance", t), self.at("log_beta", t), (v + 1) / 2)
+
+    def variational_bound(self, x0: Tensor, x_t: Tensor, t: Tensor, x0_hat: Tensor, log_variance: Tensor) -> Tensor:
+        """The term of the variational bound that belongs to t, in bits per dimension, (B,): DDPM Eq. 5.
+
+        For t > 0 the KL divergence of q(x_{t-1} | x_t, x0) from the model's step; for t = 0 the negative
+        log-likelihood of x0, an image of 256 levels, under the last step.
+        """
+        def mean(x):
+            return self.at("c", t) * x_t + self.at("c0", t) * x
+
+        true_log_variance = self.at("log_variance", t)
+        kl = 0.5 * (
+            log_variance - true_log_variance - 1
+            + (true_log_variance - log_variance).exp()
+            + (mean(x0) - mean(x0_hat)) ** 2 * (-log_variance).exp()
+        )
+        nll = -discretized_log_likelihood(x0, mean(x0_hat), log_variance)
+        at_zero = (t == 0).view(-1, 1, 1, 1)
+        return torch.where(at_zero, nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log P(x), elementwise, of an 8-bit value x in [-1, 1] under N(mean, variance) cut into 256 bins: DDPM Eq. 13."""
+    def cdf(z):  # of the standard normal, in the tanh form of the published models, to match them
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_std = (-0.5 * log_variance).exp()
+    below, above = cdf((x - mean - 1 / 255) * inverse_std), cdf((x - mean + 1 / 255) * inverse_std)
+    p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))  # the end bins are open
+    return p.clamp(min=1e-12).log()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None) -> Tensor:
+    """n timesteps in 0 ... T - 1, int64, on the CPU, stratified: one from each n-th of the distribution.
+
+    Every batch then covers easy and hard noise levels alike, which makes its loss less noisy. logit-normal prefers the
+    middle (arXiv 2403.03206, section 3.1).
+    """
+    u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
+    if distribution == "logit-normal":
+        u = torch.sigmoid(torch.special.ndtri(u))
+    elif distribution != "uniform":
+        raise ValueError(f"unknown timestep distribution {distribution!r}: use one of {', '.join(TIMESTEP_DISTRIBUTIONS)}")
+    return (u * T).long().clamp(max=T - 1)
+
+
+def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
+    """Labels y (B,) with each replaced by the null class with probability p, for u (B,) uniform in [0, 1).
+
+    So one network learns both the conditional and the unconditional prediction, which guidance needs (arXiv 2207.12598).
+    """
+    return torch.where(u < p, null, y)
+
+
+def training_loss(
+    diffusion: Diffusion, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, snr_gamma: float | None = None
+) -> Tensor:
+    """DDPM Algorithm 1, lines 2 to 5: the loss of each image, (B,).
+
+    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0. snr_gamma weights by
+    min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556).
+    A model of 2C channels is trained with the hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
+    """
+    C = x0.shape[1]
+    x_t = diffusion.q_sample(x0, t, eps)
+    out = model(x_t, t, y).float()
+    error = out[:, :C] - diffusion.target(x0, t, eps)
+    loss = error.square().flatten(1).mean(1)
+    if snr_gamma is not None:
+        snr = (diffusion.tables["a"] / diffusion.tables["s"]) ** 2
+        # B turns an error in `out` into one in x0_hat.
+        loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["B"] ** 2)[t]
+    if out.shape[1] == 2 * C:
+        x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # L_vlb teaches the variance alone
+        log_variance = diffusion.learned_log_variance(out[:, C:], t)
+        loss = loss + diffusion.variational_bound(x0, x_t, t, x0_hat, log_variance)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+#
+# A sampler takes noise x at timesteps[0] and returns images, in as many calls of `predict` as there are timesteps.
+#
+#   predict(x_t, t)          the network's output for the whole batch at one timestep t, see `guide`
+#   timesteps                decreasing, from T - 1 to 0, see `spaced_timesteps`
+#   noise()                  a fresh N(0, I) tensor like x
+#   clip                     clamp x0_hat to [-1, 1]. Never x_t: it is Gaussian there, and should leave that range
+#   callback(t, x_t, x0_hat) called at every step
+
+
+def spaced_timesteps(T: int, steps: int) -> list[int]:
+    """`steps` timesteps from T - 1 down to 0, evenly spaced; only T - 1 for one step. ValueError outside 1 ... T."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"{steps} sampling steps: use 1 to {T}, the number of timesteps that the model knows")
+    return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+
+
+def guide(
+    model: Callable, y: Tensor, null: int, weight: float = 1.0, interval: tuple[int, int] | None = None
+) -> Callable[[Tensor, int], Tensor]:
+    """predict(x_t, t) for labels y (B,) with classifier-free guidance (arXiv 2207.12598).
+
+    out = unconditional + weight (conditional - unconditional): weight 0 ignores the labels, 1 is the plain conditional
+    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) With interval = (low, high) it acts at
+    low <= t <= high only, and weight 1 elsewhere (arXiv 2404.07724). A learned variance is never guided.
+    """
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        w = weight if interval is None or interval[0] <= t <= interval[1] else 1.0
+        times, nulls = torch.full_like(y, t), torch.full_like(y, null)
+        if w in (0.0, 1.0):  # one of the two terms vanishes
+            return model(x_t, times, y if w else nulls).float()
+        C = x_t.shape[1]
+        both = model(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([y, nulls])).float()
+        conditional, unconditional = both.chunk(2)
+        guided = unconditional[:, :C] + w * (conditional[:, :C] - unconditional[:, :C])
+        return torch.cat([guided, conditional[:, C:]], dim=1)
+
+    return predict
+
+
+def denoise(
+    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool, callback: Callable | None
+) -> tuple[Tensor, Tensor]:
+    """One look at x_t, the part that all samplers share: x0_hat, and the variance half of the output (or no channels)."""
+    out, v = predict(x, t).tensor_split([x.shape[1]], dim=1)
+    x0_hat = diffusion.predict_x0(out, x, t)
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    if callback is not None:
+        callback(t, x, x0_hat)
+    return x0_hat, v
+
+
+@torch.no_grad()
+def ddpm(
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, clip: bool = True,
+    callback: Callable | None = None,
+) -> Tensor:
+    """DDPM Algorithm 2: at every step a draw from q(x_s | x_t, x0_hat). The variance is the posterior's, or the learned.
+
+    The paper's line 4 is this mean with x0_hat written out in eps_hat; going through x0_hat (Eq. 7) lets us clip it.
+    """
+    for t, s in pairwise([*timesteps, -1]):
+        x0_hat, v = denoise(diffusion, predict, x, t, clip, callback)
+        c, c0, variance, beta = diffusion.posterior(t, s)
+        x = c * x + c0 * x0_hat
+        if s < 0:
+            break  # the clean image: no noise
+        low, high = math.log(variance), math.log(beta)
+        std = (0.5 * (low + (v + 1) / 2 * (high - low))).exp() if v.shape[1] else math.sqrt(variance)  # iDDPM Eq. 15
+        x = x + std * noise()
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
+    eta: float = 0.0, clip: bool = True, callback: Callable | None = None,
+) -> Tensor:
+    """DDIM, arXiv 2010.02502, Eq. 12 and 16. eta = 0 is deterministic (for flow: Euler's method), eta = 1 is DDPM."""
+    a, sigma = diffusion.a, diffusion.s
+    for t, s in pairwise([*timesteps, -1]):
+        x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)
+        eps_hat = (x - a[t] * x0_hat) / sigma[t]  # anew, because x0_hat may have been clipped
+        variance = eta**2 * diffusion.posterior(t, s)[2]
+        x = a[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
+        if variance > 0:
+            x = x + math.sqrt(variance) * noise()
+    return x
+
+
+@torch.no_grad()
+def dpm_solver(
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], clip: bool = True,
+    callback: Callable | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM whose x0_hat is extrapolated from the last two.
+
+    Second order in the step h of lambda = log(a / s). The first step has no x0_hat before it, and the last goes to
+    infinite lambda: these two are of first order.
+    """
+    a, sigma = diffusion.a, diffusion.s
+    before = None  # x0_hat and h of the step before
+    for t, s in pairwise([*timesteps, -1]):
+        x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)
+        if s < 0:
+            return x0_hat
+        h = math.log(a[s] / sigma[s]) - math.log(a[t] / sigma[t])
+        D = x0_hat if before is None else x0_hat + h / (2 * before[1]) * (x0_hat - before[0])
+        x = sigma[s] / sigma[t] * x - a[s] * math.expm1(-h) * D
+        before = x0_hat, h
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

@@ -1,0 +1,290 @@
+"""The network: a Diffusion Transformer with adaLN-Zero conditioning.
+
+Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, sections 3.1 and 3.2.
+The file reads bottom-up, in the order in which an image passes through it:
+
+    image -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> image
+                                      ^                     ^
+    t, y  -> embeddings -> c ---------+---------------------+
+
+Parameters carry the names of the official code, so its published weights load with `strict=True`.
+
+Shapes: B batch, C channels, H W height and width, P patch size, N = (H/P)(W/P) tokens, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# width, depth, heads. S to XL are Table 1 of the paper; the smaller ones are for 28x28 digits.
+SIZES = {
+    "N": (128, 5, 4),
+    "T": (256, 8, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+# {"DiT-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6, "patch_size": 2}, ...}
+MODELS = {
+    f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    for name, (width, depth, heads) in SIZES.items()
+    for patch in ((2, 4, 7, 8) if name in "NT" else (2, 4, 8))
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT: `DiTConfig(**MODELS["DiT-S/2"], image_size=32, in_channels=4)`.
+
+    image_size:  height and width in pixels (images are square), a multiple of patch_size
+    in_channels: channels of the image, C
+    hidden_size: width of a token, D; a multiple of num_heads and of 4
+    mlp_ratio:   hidden width of the MLP over D
+    num_classes: 0 for an unconditional model; the null class of guidance has index num_classes
+    learn_sigma: give 2C output channels, the second half for the variance
+
+    Raises ValueError, naming the fix, where the numbers do not go together.
+    """
+
+    image_size: int = 28
+    patch_size: int = 7
+    in_channels: int = 1
+    hidden_size: int = 128
+    depth: int = 5
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    num_classes: int = 10
+    learn_sigma: bool = False
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}: use 0 for an unconditional model")
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: it must leave the MLP at least one unit")
+        if self.image_size % self.patch_size:
+            fits = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
+                f"use a patch size among {fits}, or another image size"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                f"use hidden_size {math.ceil(self.hidden_size / self.num_heads) * self.num_heads}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D sin-cos table needs "
+                f"(sine and cosine of row and column): use {math.ceil(self.hidden_size / 4) * 4}"
+            )
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Cut images (B, C, H, W) into tokens (B, N, P*P*C), row by row; within one: rows, columns, channels."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify`, for square images: (B, N, P*P*C) -> (B, C, H, W)."""
+    B, N, _ = x.shape
+    side = math.isqrt(N)
+    x = x.view(B, side, side, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * patch, side * patch)
+
+
+def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sine and cosine, each (M, dim/2), of M positions at frequencies 1 ... 1/10000, geometrically spaced."""
+    exponent = torch.arange(dim // 2, dtype=position.dtype, device=position.device) / (dim // 2)
+    frequency = torch.exp(-math.log(10000) * exponent)
+    angle = position[:, None] * frequency
+    return angle.sin(), angle.cos()
+
+
+def position_table(side: int, dim: int) -> Tensor:
+    """Fixed 2-D sin-cos positions (1, side*side, dim): half the width for the column, half for the row."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    columns, rows = sincos(column.flatten().double(), dim // 2), sincos(row.flatten().double(), dim // 2)
+    return torch.cat([*columns, *rows], dim=1).float()[None]
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) -> tokens (B, N, D). A convolution of stride P, done as one matrix product."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) -> (D, P*P*C)
+        return F.linear(patchify(x, self.proj.kernel_size[0]), weight, self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,), integer or fractional, in [0, T) with T about 1000 -> (B, D)."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        sin, cos = sincos(t.float(), self.frequencies)
+        return self.mlp(torch.cat([cos, sin], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) in 0 ... num_classes -> (B, D). The last row is the null class: "no label given"."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)             # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(D/heads)) v
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale every token of x (B, N, D) by (B, D). Written 1 + scale so that zero leaves x as it is."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """A pre-norm transformer block whose LayerNorms take scale and shift from c, and its branches a gate.
+
+    At initialisation the modulation is zero, so both gates are zero and the block is the identity. It learns all the
+    same: the gradient of a gate is the branch's output, which is not zero; the branch itself moves one step later.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        # No affine weights in the norms: scale and shift come from c.
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        # SiLU first: c leaves its embedders as a plain sum, so without it this map of (t, y) would be linear in c.
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))              # (B, N, D)
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))               # (B, N, D)
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) -> patches (B, N, P*P*C_out), conditioned on c like a block."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The Diffusion Transformer.
+
+    gradient_checkpointing: recompute each block in the backward pass rather than keep its activations: about a third
+    more time for a small fraction of the memory, which is what the large sizes need.
+    """
+
+    def __init__(self, config: DiTConfig, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        D, P, C = config.hidden_size, config.patch_size, config.in_channels
+        self.x_embedder = PatchEmbed(P, C, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D)
+        # A fixed table is enough: with all positions on one small grid a learned one converges to much the same.
+        self.register_buffer("pos_embed", position_table(config.image_size // P, D))
+        self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = FinalLayer(D, P, 2 * C if config.learn_sigma else C)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for module in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        # Zero last, so that nothing above undoes it: every block starts as the identity, and the output as 0.
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for module in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from noisy images.
+
+        x: (B, C, H, W) float, t: (B,) timesteps in [0, T), y: (B,) int64 labels in 0 ... num_classes (the last is the
+        null class); None for no labels at all. Returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
+        Raises ValueError for images of another shape than the configuration's.
+        """
+        config = self.config
+        expected = (config.in_channels, config.image_size, config.image_size)
+        if x.shape[1:] != expected:
+            raise ValueError(
+                f"this DiT takes images of shape {expected}, not {tuple(x.shape[1:])}: "
+                "resize and crop them, or change its config"
+            )
+        if y is None:
+            y = torch.full_like(t, config.num_classes, dtype=torch.long)
+        x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
+        for block in self.blocks:                        # (B, N, D)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
+        x = self.final_layer(x, c)                       # (B, N, P*P*C_out)
+        return unpatchify(x, config.patch_size)          # (B, C_out, H, W)

@@ -1,0 +1,326 @@
+"""Draw images with a trained DiT: a grid, the way from noise to digit, an animation, or many for an evaluation.
+
+    python inference.py                                     rows 0 to 9 of digits, one picture
+    python inference.py --labels 3 1 4 1 5 --guidance 2
+    python inference.py --trajectory
+    torchrun --nproc-per-node=4 inference.py --npz samples.npz --count 50000
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
+from dit import DiT
+
+BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
+RUNS = Path("runs")
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20}
+DEFAULT_GUIDANCE = 1.5
+
+
+def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random generator number `index` of a seed, both below 2^32."""
+    # PyTorch's CPU generator keeps 32 bits of a seed. The golden ratio sets the numbers of different seeds far apart.
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
+
+
+class ImageNoise:
+    """Gaussian noise (n, *shape) for the images `indices` of a seed; each call gives the next.
+
+    Every image has a generator of its own, on the CPU: image i of a seed meets the same noise in any batch and on any
+    device.
+    """
+
+    def __init__(self, seed: int, indices: range | list[int], shape: tuple[int, ...], device: torch.device | str):
+        self.generators = [seeded(seed, i) for i in indices]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def sample(
+    model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | list[int] | None = None,
+    sampler: str = "dpm++", steps: int = 20, eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
+    interval: tuple[int, int] | None = None, clip: bool = True, callback: Callable | None = None,
+) -> Tensor:
+    """Images (n, C, S, S) in [-1, 1] of the labels (n,), as one batch.
+
+    indices:  the number of each image within the seed, 0 ... n - 1 unless told
+    callback: called with (t, x_t, x0_hat) at each step
+    """
+    config, device = model.config, model.pos_embed.device
+    shape = (config.in_channels, config.image_size, config.image_size)
+    noise = ImageNoise(seed, range(len(labels)) if indices is None else indices, shape, device)
+    predict = guide(model, labels.to(device), config.num_classes, guidance if config.num_classes else 1.0, interval)
+    options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta), "dpm++": {}}[sampler]
+    timesteps = spaced_timesteps(diffusion.T, steps)
+    return SAMPLERS[sampler](diffusion, predict, noise(), timesteps, clip=clip, callback=callback, **options)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 0 ... 255: rounded, and clamped before the cast, which would wrap around."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images (n, C, S, S) in [-1, 1], C = 1 or 3, as one picture, row by row. Small ones are enlarged, to be seen."""
+    n, C, S, _ = images.shape
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (S + gap) + gap, columns * (S + gap) + gap, C), 64, np.uint8)
+    for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = gap + i // columns * (S + gap), gap + i % columns * (S + gap)
+        canvas[top : top + S, left : left + S] = image
+    picture = Image.fromarray(canvas[:, :, 0] if C == 1 else canvas)
+    scale = max(1, 64 // S)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be; the message is one line that names the fix."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to every help text, except where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw images with a trained DiT.", formatter_class=HelpFormatter)
+    what = parser.add_argument_group("what to draw")
+    mode = what.add_mutually_exclusive_group()
+    mode.add_argument("--trajectory", action="store_true", help="a row a label, from noise on the left to the image")
+    mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
+    mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row a weight, from the same noise")
+    mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC) and labels, in turn")
+    what.add_argument("--labels", nargs="+", metavar="L", default=["0-9"], help="classes or ranges of them, a row each")
+    what.add_argument("--per-class", type=int, default=10, help="images of each label; 1 puts them all in one row")
+    what.add_argument("--count", type=int, default=10_000, help="images in the --npz file")
+    what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
+    what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
+    what = parser.add_argument_group("weights")
+    what.add_argument("--checkpoint", type=Path, help="a file or a run's folder (default: bundled weights, else the newest run)")
+    what.add_argument("--model", help="the name of official DiT weights, DiT-XL/2 say, which do not tell it")
+    what = parser.add_argument_group("sampling")
+    what.add_argument("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise")
+    steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
+    what.add_argument("--steps", type=int, help=f"network calls on that way (default: {steps})")
+    what.add_argument("--eta", type=float, default=0.0, help="ddim only: fresh noise at each step; 0 none, 1 that of ddpm")
+    what.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE, help="0 ignores the label, 1 plain, above 1 guided")
+    what.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at these timesteps only")
+    what.add_argument("--batch-size", type=int, default=250, help="images at a time; does not change them")
+    what.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
+    return parser.parse_args(argv)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is. Raises UsageError where it is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UsageError(f"no {name} device here: leave --device out, or use --device cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def find_checkpoint() -> Path:
+    """The bundled weights, else the newest run. Raises UsageError where there is neither."""
+    if BUNDLED_WEIGHTS.is_file():
+        return BUNDLED_WEIGHTS
+    runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")
+    return runs[-1]
+
+
+def parse_labels(words: list[str], classes: list[str]) -> list[int]:
+    """["3", "7-9", "cat"] -> class numbers. ["0-9"], the default, means all there are of these. Raises UsageError."""
+    if not classes:
+        if words != ["0-9"]:
+            raise UsageError("this model knows no labels: leave --labels out")
+        return [0] * 10  # ten rows of anything
+    labels = []
+    for word in words:
+        first, dash, last = word.partition("-")
+        if word in classes:
+            labels.append(classes.index(word))
+        elif first.isdecimal() and (last.isdecimal() or not dash):
+            labels += range(int(first), int(last or first) + 1)
+        else:
+            raise UsageError(f"no class {word!r}: use numbers 0 to {len(classes) - 1}, or names: {', '.join(classes[:20])}")
+    if words == ["0-9"]:
+        labels = labels[: len(classes)]
+    if not labels or max(labels) >= len(classes):
+        raise UsageError(f"--labels {' '.join(words)}: the classes are 0 to {len(classes) - 1}")
+    return labels
+
+
+def check(args: argparse.Namespace, T: int) -> None:
+    """Raises UsageError for what argparse cannot see: values out of range, or that do not go together."""
+    for name in ("per_class", "count", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed is {args.seed}: use 0 to {2**32 - 1}")
+    if not 1 <= args.steps <= T:
+        raise UsageError(f"--steps is {args.steps}: use 1 to {T}, the timesteps that the model knows")
+    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
+        raise UsageError(f"--eta is {args.eta}: use 0 to 1, with --sampler ddim")
+    if not all(math.isfinite(w) for w in [args.guidance, *(args.compare_guidance or [])]):
+        raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
+    if args.guidance_interval and not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] < T:
+        raise UsageError(f"--guidance-interval takes LOW and HIGH, 0 <= LOW <= HIGH <= {T - 1}")
+
+
+def output_path(path: Path | None, default: str) -> Path:
+    """The path, or outputs/DEFAULT under the next free number; in a folder that is there. Raises UsageError."""
+    suffix = Path(default).suffix
+    if path is None:
+        names = (f"{Path(default).stem}-{number}{suffix}" for number in itertools.count(1))
+        path = next(Path("outputs") / name for name in names if not (Path("outputs") / name).exists())
+    if path.suffix != suffix:
+        raise UsageError(f"{path} must end in {suffix}")
+    if path.exists():
+        raise UsageError(f"{path} is there already: give another name, or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
+    return path
+
+
+def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...], dtype: type, batch_size: int) -> None:
+    """One image per label (count,), as an .npz of arr_0 (count, *shape) and labels.
+
+    draw(labels, indices) returns a part of arr_0. It grows on the disk, so that memory holds one batch. Under torchrun
+    the ranks share the work, and the file must lie where all of them can write.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    array_file, zip_file = path.with_name(path.name + ".array"), path.with_name(path.name + ".partial")
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    if rank == 0:
+        np.lib.format.open_memmap(array_file, "w+", dtype, (len(labels), *shape)).flush()
+    if world > 1:
+        torch.distributed.barrier()
+    array = np.lib.format.open_memmap(array_file, "r+")
+    with tqdm(total=len(labels), unit="image", disable=rank > 0) as bar:
+        for first in range(rank * batch_size, len(labels), world * batch_size):
+            indices = range(first, min(first + batch_size, len(labels)))
+            array[first : indices.stop] = draw(labels[first : indices.stop], indices)
+            bar.update(min(world * batch_size, len(labels) - first))
+    array.flush()
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        with zipfile.ZipFile(zip_file, "w") as file:
+            file.write(array_file, "arr_0.npy")
+            with file.open("labels.npy", "w") as member:
+                np.save(member, labels.numpy())
+        array_file.unlink()
+        os.replace(zip_file, path)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Draw what the command line asks for; the path of the file."""
+    device = pick_device(args.device)
+    model, diffusion, description = checkpoint.build(checkpoint.load(args.checkpoint or find_checkpoint(), args.model), device)
+    config, classes = model.config, description["classes"]
+    args.steps = min(DEFAULT_STEPS[args.sampler], diffusion.T) if args.steps is None else args.steps
+    check(args, diffusion.T)
+    is_image = config.in_channels in (1, 3)  # or else the latent of an autoencoder, which does not stay in [-1, 1]
+    rows = torch.tensor(parse_labels(args.labels, classes))
+    options = dict(
+        seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta, interval=args.guidance_interval, clip=is_image
+    )
+
+    if args.npz or not is_image:
+        labels = torch.arange(args.count) % max(len(classes), 1) if args.npz else rows.repeat_interleave(args.per_class)
+        C, S = config.in_channels, config.image_size
+        shape, dtype = ((S, S, C), np.uint8) if is_image else ((C, S, S), np.float32)
+
+        def draw_array(labels: Tensor, indices: range) -> np.ndarray:
+            images = sample(model, diffusion, labels, indices=indices, guidance=args.guidance, **options).cpu()
+            return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image else images.numpy()
+
+        path = output_path(args.npz or args.output, "latents.npz")
+        write_npz(path, draw_array, labels, shape, dtype, args.batch_size)
+        return path
+
+    weights = args.compare_guidance or [args.guidance]
+    one_each = args.trajectory or args.compare_guidance
+    labels = rows if one_each else rows.repeat_interleave(args.per_class)
+    timesteps = spaced_timesteps(diffusion.T, args.steps)
+    shown = timesteps[:: math.ceil(args.steps / (9 if args.trajectory else 40))]  # of the way, in these pictures
+    way = {t: [] for t in shown if args.trajectory or args.gif}
+    starts = range(0, len(labels), args.batch_size)
+    name = next(name for name in ("trajectory", "gif", "compare_guidance", "grid") if getattr(args, name, True))
+    path = output_path(args.output, {"gif": "denoising.gif", "compare_guidance": "guidance.png"}.get(name, f"{name}.png"))
+    with tqdm(total=len(weights) * len(starts) * args.steps, desc="sampling", unit="step", leave=False) as bar:
+        def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+            bar.update()
+            if t in way:
+                way[t].append(x_t.cpu())
+
+        images = torch.cat([
+            sample(
+                model, diffusion, labels[i : i + args.batch_size], indices=range(i, min(i + args.batch_size, len(labels))),
+                guidance=weight, callback=callback, **options,
+            )
+            for weight in weights
+            for i in starts
+        ]).cpu()
+    way = [torch.cat(parts) for parts in way.values()] + [images]
+
+    columns = len(labels) if args.compare_guidance or args.per_class == 1 else args.per_class
+    if args.trajectory:
+        grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
+    elif args.gif:
+        frames = [grid(x, columns) for x in way]
+        durations = [80] * len(way[1:]) + [2000]  # milliseconds; rest on the result
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    else:
+        grid(images, columns).save(path)
+    return path
+
+
+def main() -> None:
+    try:
+        path = run(parse_args())
+    except (UsageError, checkpoint.CheckpointError) as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(path)
+
+
+def fail(error: Exception) -> int:
+    """Print an error as one line; the exit status of bad usage."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,437 @@
+"""Train a DiT.
+
+    python train.py                                          MNIST, with what suits this machine
+    python train.py --dataset cifar10 --steps 50000
+    python train.py --resume runs/mnist-1
+    torchrun --nproc-per-node=4 train.py                     the same, on four GPUs
+
+Whatever is random in step k (the batch, its timesteps, noise and dropped labels) is drawn for the batch as a whole from
+(seed, k). So a run that is resumed, or shared by several processes, takes the same steps as one that is not.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS, Diffusion, draw_timesteps, drop_labels, training_loss
+from dit import MODELS, DiT, DiTConfig
+from inference import RUNS, UsageError, fail, grid, pick_device, sample, seeded
+from muon import Muon
+
+DEFAULTS = dict(
+    data_dir="data", schedule="flow", prediction="v", timestep_distribution="uniform", label_dropout=0.1, learn_sigma=False,
+    gradient_checkpointing=False, accumulate=1, optimizer="muon", warmup=100, lr_schedule="cosine", weight_decay=0.0,
+    clip=1.0, ema=0.999, seed=0, save_every=500, min_snr=None, dataset=None, image_size=None,
+)
+# What else depends on the device. cpu: up to 10 minutes on 2 cores.
+PRESETS = {
+    "cpu": dict(model="DiT-N/7", steps=4000, batch_size=128, lr=5e-3, precision="fp32", compile=True),
+    "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
+    "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
+}
+MAY_CHANGE = {"steps", "save_every", "data_dir", "device", "compile", "gradient_checkpointing"}  # on --resume
+LOG_EVERY = 10  # steps between looks at the loss, each of which waits for the GPU
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a number from low to high."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: use {low} or more" + (f", up to {high}" if high < math.inf else ""))
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags that were given; all others are None, and `settle` finds their value."""
+    parser = argparse.ArgumentParser(description="Train a Diffusion Transformer.")
+
+    def add(group: argparse._ArgumentGroup, flag: str, help: str, **options) -> None:
+        name = flag[2:].replace("-", "_")
+        default = DEFAULTS.get(name, ", ".join(f"{p[name]} on {device}" for device, p in PRESETS.items() if name in p))
+        group.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, "", False) else ""), **options)
+
+    yes_no = dict(action=argparse.BooleanOptionalAction)
+    one, zero, fraction = number(int, 1), number(float, 0), number(float, 0, 1)
+    data = parser.add_argument_group("data")
+    names = ", ".join(dataset.DATASETS)
+    add(data, "--dataset", f"{names}, or a folder of images (default: mnist, or 5,000 of its digits without a network)")
+    add(data, "--data-dir", "where data sets are, or are downloaded to")
+    add(data, "--image-size", f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)", type=one)
+    model = parser.add_argument_group("network")
+    add(model, "--model", "DiT-SIZE/PATCH, one of " + ", ".join(MODELS), choices=MODELS, metavar="NAME")
+    add(model, "--learn-sigma", "predict the variance of the reverse steps too", **yes_no)
+    add(model, "--gradient-checkpointing", "less memory, a third more time", **yes_no)
+    process = parser.add_argument_group("diffusion")
+    add(process, "--schedule", "of the noise", choices=SCHEDULES)
+    add(process, "--prediction", "what the network predicts", choices=PREDICTIONS)
+    add(process, "--timestep-distribution", "which noise levels it sees", choices=TIMESTEP_DISTRIBUTIONS)
+    add(process, "--min-snr", "weight the loss by min(SNR, this); 5 is usual (default: off)", type=number(float, 1e-9))
+    add(process, "--label-dropout", "share of labels hidden, for guidance", type=fraction)
+    optim = parser.add_argument_group("optimization")
+    add(optim, "--steps", "of training, in all", type=one)
+    add(optim, "--batch-size", "images a step, over all processes", type=one)
+    add(optim, "--accumulate", "parts that a batch is cut into, to save memory", type=one)
+    add(optim, "--optimizer", "muon is for the matrices of the blocks, with adamw for the rest", choices=["adamw", "muon"])
+    add(optim, "--lr", "highest learning rate", type=zero)
+    add(optim, "--warmup", "steps of linear rise before that", type=number(int, 0))
+    add(optim, "--lr-schedule", "after that", choices=["cosine", "constant"])
+    add(optim, "--weight-decay", "decoupled", type=zero)
+    add(optim, "--clip", "largest norm of the gradient", type=zero)
+    add(optim, "--ema", "decay of the averaged weights, which draw the samples", type=fraction)
+    run = parser.add_argument_group("run")
+    add(run, "--run", "folder of the run (default: the next free runs/DATASET-N)", type=Path)
+    add(run, "--resume", "folder of a run to go on with", type=Path, metavar="RUN")
+    add(run, "--save-every", "steps between checkpoints, each with a grid of samples", type=one)
+    add(run, "--seed", "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
+    add(run, "--device", "(default: the best there is)", choices=list(PRESETS))
+    add(run, "--precision", "of the matrix products", choices=["fp32", "bf16"])
+    add(run, "--compile", "compile the blocks, where that is possible", **yes_no)
+    return parser.parse_args(argv)
+
+
+def settle(given: argparse.Namespace, device: torch.device, saved: dict | None) -> argparse.Namespace:
+    """Every setting: as given, else as saved by the run that is resumed, else the default. Raises UsageError."""
+    explicit = {name: value for name, value in vars(given).items() if value is not None and name not in ("run", "resume")}
+    for name in explicit.keys() - MAY_CHANGE if saved else ():
+        if explicit[name] != saved[name]:
+            raise UsageError(f"--{name.replace('_', '-')} was {saved[name]} in this run and cannot change: leave it out")
+    return argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **(saved or {}), **explicit})
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message is one line."""
+
+
+class Run:
+    """The folder of a run: checkpoint.pt, log.jsonl with a line a step, TensorBoard events, loss.png and samples/."""
+
+    def __init__(self, folder: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.log_file = folder / "log.jsonl"
+        # A run that was killed has logged steps after its last checkpoint: they are taken again.
+        lines = self.log_file.read_text().splitlines() if start else []
+        self.log_file.write_text("".join(line + "\n" for line in lines[:start]))
+        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
+
+    def log(self, entries: list[dict]) -> None:
+        with open(self.log_file, "a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        for name, value in entries[-1].items():
+            self.tensorboard.add_scalar(name, value, entries[-1]["step"])
+
+    def plot_loss(self) -> None:
+        from matplotlib.figure import Figure
+
+        losses = torch.tensor([json.loads(line)["loss"] for line in self.log_file.read_text().splitlines()])
+        window = min(len(losses), 100)
+        smooth = losses.unfold(0, window, 1).mean(1)
+        axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
+            xlabel="step", ylabel="loss", yscale="log", title=self.folder.name
+        )
+        axes.plot(range(1, len(losses) + 1), losses, alpha=0.3, linewidth=0.5, label="each batch")
+        axes.plot(range(window, len(losses) + 1), smooth, label=f"mean of {window}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        axes.figure.savefig(self.folder / "loss.png", dpi=120)
+
+
+class Interrupt:
+    """Remembers SIGINT and SIGTERM, so that the loop ends between two steps. A second one ends a lone process at once."""
+
+    def __init__(self, world: int):
+        self.signal, self.world = 0, world
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame) -> None:
+        self.signal = self.signal or number
+        if self.world == 1:  # torchrun repeats the signal by itself
+            signal.signal(number, signal.SIG_DFL)
+
+
+def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, if it is asked for, and AdamW for all else."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    options = dict(lr=args.lr, weight_decay=args.weight_decay)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=rest[0].device.type != "mps", **options)
+    return [Muon(matrices, **options), adamw] if matrices else [adamw]
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Of step 0, 1, ...: a linear rise over the warm-up, then level, or half a cosine down to 0."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.lr_schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+@torch.no_grad()
+def update_ema(average: DiT, model: DiT, step: int, decay: float) -> None:
+    """Move the averaged weights towards the model's; early on faster, for the first weights are not worth keeping."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Trainer:
+    """The network, its average and its optimizers, and how they take one step."""
+
+    def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
+        self.args, self.config, self.device = args, config, device
+        self.share = args.batch_size // world                    # images of a batch that are this rank's
+        self.part = self.share // args.accumulate                # images that go through the network at once
+        self.mine = slice(self.share * rank, self.share * (rank + 1))
+        self.diffusion = Diffusion(args.schedule, args.prediction, device=device)
+        torch.manual_seed(args.seed)
+        self.model = DiT(config, args.gradient_checkpointing).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = make_optimizers(self.model, args)
+        self.net = self.model
+        self.compiled = bool(args.compile) and self.compile_blocks()
+        if world > 1:  # gradients become the mean over the processes; `model` remains what is averaged and saved
+            self.net = DistributedDataParallel(self.model)
+
+    def draw(self, step: int) -> list[Tensor]:
+        """This rank's share of a step's timesteps (b,), uniform numbers (b,) to drop labels by, and noise (b, C, S, S)."""
+        args, n, size = self.args, self.args.batch_size, self.config.image_size
+        generator = seeded(args.seed, step)
+        t = draw_timesteps(n, self.diffusion.T, args.timestep_distribution, generator)
+        u = torch.rand(n, generator=generator)
+        if self.device.type != "cpu":
+            generator = seeded(args.seed, step, self.device)
+        eps = torch.randn(n, self.config.in_channels, size, size, generator=generator, device=self.device)
+        return [value[self.mine].to(self.device) for value in (t, u, eps)]
+
+    def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            return training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
+
+    def step(self, step: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on this rank's share of a batch; its loss and the norm of the gradient."""
+        t, u, eps = self.draw(step)
+        y = drop_labels(y, self.config.num_classes, self.args.label_dropout, u)
+        total = 0.0
+        for first in range(0, self.share, self.part):
+            now = slice(first, first + self.part)
+            last = now.stop == self.share  # the one after which processes exchange gradients
+            with nullcontext() if last or self.net is self.model else self.net.no_sync():
+                loss = self.loss(x0[now], y[now], t[now], eps[now]) / self.args.accumulate
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.args)
+            optimizer.step()
+            optimizer.zero_grad()
+        update_ema(self.ema, self.model, step, self.args.ema)
+        return total, norm
+
+    def compile_blocks(self) -> bool:
+        """Compile the blocks, all alike and so compiled once; whether that worked."""
+        for block in self.model.blocks:
+            block.compile(dynamic=False)
+        try:
+            self.rehearse()
+        except Exception as error:  # no compiler, no Triton, a GPU too old: whatever it is, eager execution works
+            for block in self.model.blocks:
+                block._compiled_call_impl = None
+            reason = str(error).strip().splitlines()[0][:100]
+            warnings.warn(f"torch.compile does not work here ({reason}): going on without, slower", stacklevel=2)
+            return False
+        return True
+
+    def rehearse(self) -> float:
+        """One pass forward and back on nothing, which changes nothing: the seconds of one step by that measure."""
+        x0 = torch.zeros(self.part, self.config.in_channels, self.config.image_size, self.config.image_size, device=self.device)
+        y = torch.zeros(self.part, dtype=torch.long, device=self.device)
+        begin = time.perf_counter()
+        self.loss(x0, y, y, x0).backward()
+        sum(p.grad.sum() for p in self.model.parameters()).item()  # waits for the GPU
+        self.model.zero_grad()
+        return (time.perf_counter() - begin) * self.args.accumulate
+
+    def state(self, step: int) -> dict:
+        """All that is needed to go on after `step` steps. Random numbers follow from the seed and the step."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return dict(step=step, model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
+
+    def load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def samples(self) -> Image.Image:
+        """Ten rows of the first ten classes, or of anything, by the averaged weights."""
+        rows = torch.arange(10) % max(self.config.num_classes, 1)
+        labels = rows.repeat_interleave(10)
+        images = [
+            sample(self.ema, self.diffusion, labels[i : i + self.part], indices=range(i, min(i + self.part, 100)))
+            for i in range(0, 100, self.part)
+        ]
+        return grid(torch.cat(images), columns=10)
+
+
+def new_folder(asked: Path | None, name: str) -> Path:
+    """Where a new run goes: as asked, or runs/NAME-N. Raises UsageError where something is there already."""
+    if asked is None:
+        numbered = (RUNS / f"{name}-{n}" for n in itertools.count(1))
+        return next(folder for folder in numbered if not folder.exists())
+    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+        raise UsageError(f"{asked} is there already: go on with it by --resume {asked}, or give another --run")
+    return asked
+
+
+def train(given: argparse.Namespace) -> int:
+    """Train as the command line says; the exit status. Raises UsageError, DataError, CheckpointError, TrainingError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    state = checkpoint.load(given.resume) if given.resume else None
+    saved = state["args"] if state else None
+    device = pick_device(given.device or (saved or {}).get("device"))
+    args = settle(given, device, saved)
+    start = state["step"] if state else 0
+    if start >= args.steps:
+        raise UsageError(f"{given.resume} is at step {start} already: ask for more with --steps")
+    if args.batch_size % (world * args.accumulate):
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of processes x --accumulate, {world} x {args.accumulate}")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    folder = given.resume or new_folder(given.run, Path(args.dataset or "mnist").name)
+
+    # Rank 0 downloads before the others look.
+    if rank > 0:
+        dist.barrier()
+    data = dataset.load(args.dataset, args.data_dir, args.image_size, download=rank == 0)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    if state and state["data"] != data.source:
+        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: name the right --data-dir")
+    channels, size, _ = data.pixels[0].shape
+    if given.model is None and not saved and size % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"
+    try:
+        config = DiTConfig(
+            **MODELS[args.model], image_size=size, in_channels=channels, num_classes=len(data.classes),
+            learn_sigma=args.learn_sigma,
+        )
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from error
+
+    interrupt = Interrupt(world)
+    trainer = Trainer(config, args, device, rank, world)
+    if state:
+        trainer.load(state)
+    trainer.rehearse()
+    minutes = trainer.rehearse() * (args.steps - start) * 1.25 / 60  # a quarter more for the optimizer and the samples
+    if rank == 0:
+        parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        how = f"{device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
+        what = f"{args.model}, {parameters:.1f} M parameters, {args.schedule} {args.prediction}, {args.optimizer}"
+        steps = f"{args.steps - start:,} steps of {args.batch_size}"
+        print(f"{folder}: {what}; {steps} from {data.source}; {how}: about {minutes:.0f} min", flush=True)
+        run = Run(folder, start)
+        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, start)
+
+    stream = dataset.batches(data, args.batch_size, args.seed, start, rank, world, device)
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
+    pending, saved_at, smooth, clock = [], start or None, None, time.perf_counter()
+    for step in range(start, args.steps):
+        pending.append(trainer.step(step, *next(stream)))
+        done = step + 1
+        bar.update()
+        saving = done % args.save_every == 0 or done == args.steps
+        alone_and_interrupted = world == 1 and interrupt.signal
+        if done % LOG_EVERY and not saving and not alone_and_interrupted:
+            continue
+
+        losses, norms = (torch.stack(values).float() for values in zip(*pending, strict=True))
+        stop = torch.tensor(interrupt.signal, device=device)
+        if world > 1:
+            dist.all_reduce(losses)
+            losses /= world
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        stop = stop.item()
+        entries = [
+            dict(step=done - len(losses) + i, loss=loss, gradient_norm=norm, lr=learning_rate(done - len(losses) + i - 1, args))
+            for i, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True), start=1)
+        ]
+        for entry in entries:
+            if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
+                good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "there is no checkpoint yet"
+                raise TrainingError(f"the loss or its gradient is not finite at step {entry['step']}; {good}: lower --lr")
+        pending.clear()
+        if rank == 0:
+            run.log(entries)
+            rate = args.batch_size * len(entries) / (time.perf_counter() - clock)
+            smooth = entries[-1]["loss"] if smooth is None else smooth
+            for entry in entries:
+                smooth += 0.02 * (entry["loss"] - smooth)
+            bar.set_postfix_str(f"loss {smooth:.4f}, {rate:.0f} img/s")
+            if saving or stop:
+                state = {**description, "args": vars(args), **trainer.state(done)}
+                checkpoint.save(folder / "checkpoint.pt", state)
+                saved_at = done
+            if saving:
+                picture = folder / "samples" / f"step_{done:07d}.png"
+                trainer.samples().save(picture)
+                run.plot_loss()
+        if stop:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {done}; go on with: python train.py --resume {folder}")
+            break
+        clock = time.perf_counter()
+    bar.close()
+    if rank == 0:
+        run.tensorboard.close()
+        if not stop:
+            checkpoint.save_weights(folder / "weights.safetensors", state["ema"], {**description, "step": done})
+            print(f"{folder / 'checkpoint.pt'}\n{picture}")
+    if world > 1:
+        dist.destroy_process_group()
+    return 128 + stop if stop else 0
+
+
+def main() -> None:
+    warnings.showwarning = lambda message, *_: tqdm.write(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) > 0:
+        warnings.simplefilter("ignore")
+    try:
+        sys.exit(train(parse_args()))
+    except (UsageError, dataset.DataError, checkpoint.CheckpointError) as error:
+        sys.exit(fail(error))
+    except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        fail(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
