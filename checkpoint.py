@@ -82,9 +82,10 @@ def load(path: Path, model: str | None = None) -> dict:
     if model is not None:
         return {**describe_official(path, state, model), "ema": state}
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = f"format {state['format']!r}" if isinstance(state, dict) and "format" in state else "another program's file"
+        found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(
-            f"{path} is {found}, not {FORMAT!r}: make a new one with train.py; for official DiT weights add --model DiT-XL/2"
+            f"{path} is {f'of format {found!r}' if found else 'the file of another program'}, not {FORMAT!r}: "
+            "make a new one with train.py; for official DiT weights add --model DiT-XL/2"
         )
     return state
 
@@ -99,10 +100,10 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
         out_channels = state["final_layer.linear.bias"].shape[0] // MODELS[model]["patch_size"] ** 2
         num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} holds no DiT weights (no {error}): --model is for those of the official code") from error
+        raise CheckpointError(f"{path} holds no DiT weights: --model is for those of the official code") from error
     config = DiTConfig(
-        **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels, num_classes=num_classes,
-        learn_sigma=out_channels == 2 * in_channels,
+        **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels,
+        num_classes=num_classes, learn_sigma=out_channels == 2 * in_channels,
     )
     classes = tuple(str(label) for label in range(num_classes))
     return describe(config, Diffusion("linear", "eps", 1000), classes, "official weights", 0)

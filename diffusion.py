@@ -61,7 +61,8 @@ class Diffusion:
     """
 
     def __init__(
-        self, schedule: str = "linear", prediction: str = "eps", timesteps: int = 1000, device: torch.device | str = "cpu"
+        self, schedule: str = "linear", prediction: str = "eps", timesteps: int = 1000,
+        device: torch.device | str = "cpu",
     ):
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
@@ -170,14 +171,14 @@ def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: tor
     if distribution == "logit-normal":
         u = torch.sigmoid(torch.special.ndtri(u))
     elif distribution != "uniform":
-        raise ValueError(f"unknown timestep distribution {distribution!r}: use one of {', '.join(TIMESTEP_DISTRIBUTIONS)}")
+        raise ValueError(f"unknown distribution {distribution!r}: use one of {', '.join(TIMESTEP_DISTRIBUTIONS)}")
     return (u * T).long().clamp(max=T - 1)
 
 
 def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
     """Labels y (B,) with each replaced by the null class with probability p, for u (B,) uniform in [0, 1).
 
-    So one network learns both the conditional and the unconditional prediction, which guidance needs (arXiv 2207.12598).
+    So one network learns both predictions that guidance needs, with the label and without (arXiv 2207.12598).
     """
     return torch.where(u < p, null, y)
 
@@ -251,7 +252,7 @@ def guide(
 def denoise(
     diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool, callback: Callable | None
 ) -> tuple[Tensor, Tensor]:
-    """One look at x_t, the part that all samplers share: x0_hat, and the variance half of the output (or no channels)."""
+    """One look at x_t, which all samplers share: x0_hat, and the variance half of the output (or no channels)."""
     out, v = predict(x, t).tensor_split([x.shape[1]], dim=1)
     x0_hat = diffusion.predict_x0(out, x, t)
     if clip:
@@ -266,7 +267,7 @@ def ddpm(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, clip: bool = True,
     callback: Callable | None = None,
 ) -> Tensor:
-    """DDPM Algorithm 2: at every step a draw from q(x_s | x_t, x0_hat). The variance is the posterior's, or the learned.
+    """DDPM Algorithm 2: at each step a draw from q(x_s | x_t, x0_hat), with the posterior's variance or the learned.
 
     The paper's line 4 is this mean with x0_hat written out in eps_hat; going through x0_hat (Eq. 7) lets us clip it.
     """

@@ -107,25 +107,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw images with a trained DiT.", formatter_class=HelpFormatter)
     what = parser.add_argument_group("what to draw")
     mode = what.add_mutually_exclusive_group()
-    mode.add_argument("--trajectory", action="store_true", help="a row a label, from noise on the left to the image")
+    mode.add_argument("--trajectory", action="store_true", help="a row a label, from noise to image")
     mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
-    mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row a weight, from the same noise")
-    mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC) and labels, in turn")
+    mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row a weight, same noise")
+    mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
     what.add_argument("--labels", nargs="+", metavar="L", default=["0-9"], help="classes or ranges of them, a row each")
     what.add_argument("--per-class", type=int, default=10, help="images of each label; 1 puts them all in one row")
     what.add_argument("--count", type=int, default=10_000, help="images in the --npz file")
     what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     what = parser.add_argument_group("weights")
-    what.add_argument("--checkpoint", type=Path, help="a file or a run's folder (default: bundled weights, else the newest run)")
-    what.add_argument("--model", help="the name of official DiT weights, DiT-XL/2 say, which do not tell it")
+    what.add_argument("--checkpoint", type=Path, help="a file, or a run (default: bundled, else the newest run)")
+    what.add_argument("--model", help="which model official DiT weights are of: DiT-XL/2, say")
     what = parser.add_argument_group("sampling")
     what.add_argument("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise")
     steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
     what.add_argument("--steps", type=int, help=f"network calls on that way (default: {steps})")
-    what.add_argument("--eta", type=float, default=0.0, help="ddim only: fresh noise at each step; 0 none, 1 that of ddpm")
-    what.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE, help="0 ignores the label, 1 plain, above 1 guided")
-    what.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at these timesteps only")
+    what.add_argument("--eta", type=float, default=0.0, help="for ddim: fresh noise, 0 none, 1 as in ddpm")
+    what.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE, help="0 ignores labels, 1 plain, above 1 guided")
+    what.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided")
     what.add_argument("--batch-size", type=int, default=250, help="images at a time; does not change them")
     what.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
     return parser.parse_args(argv)
@@ -167,7 +167,8 @@ def parse_labels(words: list[str], classes: list[str]) -> list[int]:
         elif first.isdecimal() and (last.isdecimal() or not dash):
             labels += range(int(first), int(last or first) + 1)
         else:
-            raise UsageError(f"no class {word!r}: use numbers 0 to {len(classes) - 1}, or names: {', '.join(classes[:20])}")
+            names = ", ".join(classes[:20])
+            raise UsageError(f"no class {word!r}: use numbers 0 to {len(classes) - 1}, or names: {names}")
     if words == ["0-9"]:
         labels = labels[: len(classes)]
     if not labels or max(labels) >= len(classes):
@@ -245,14 +246,16 @@ def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...]
 def run(args: argparse.Namespace) -> Path:
     """Draw what the command line asks for; the path of the file."""
     device = pick_device(args.device)
-    model, diffusion, description = checkpoint.build(checkpoint.load(args.checkpoint or find_checkpoint(), args.model), device)
+    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
+    model, diffusion, description = checkpoint.build(state, device)
     config, classes = model.config, description["classes"]
     args.steps = min(DEFAULT_STEPS[args.sampler], diffusion.T) if args.steps is None else args.steps
     check(args, diffusion.T)
     is_image = config.in_channels in (1, 3)  # or else the latent of an autoencoder, which does not stay in [-1, 1]
     rows = torch.tensor(parse_labels(args.labels, classes))
     options = dict(
-        seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta, interval=args.guidance_interval, clip=is_image
+        seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta, interval=args.guidance_interval,
+        clip=is_image,
     )
 
     if args.npz or not is_image:
@@ -276,7 +279,8 @@ def run(args: argparse.Namespace) -> Path:
     way = {t: [] for t in shown if args.trajectory or args.gif}
     starts = range(0, len(labels), args.batch_size)
     name = next(name for name in ("trajectory", "gif", "compare_guidance", "grid") if getattr(args, name, True))
-    path = output_path(args.output, {"gif": "denoising.gif", "compare_guidance": "guidance.png"}.get(name, f"{name}.png"))
+    default_names = {"gif": "denoising.gif", "compare_guidance": "guidance.png"}
+    path = output_path(args.output, default_names.get(name, f"{name}.png"))
     with tqdm(total=len(weights) * len(starts) * args.steps, desc="sampling", unit="step", leave=False) as bar:
         def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
             bar.update()
@@ -285,7 +289,7 @@ def run(args: argparse.Namespace) -> Path:
 
         images = torch.cat([
             sample(
-                model, diffusion, labels[i : i + args.batch_size], indices=range(i, min(i + args.batch_size, len(labels))),
+                model, diffusion, labels[i : i + args.batch_size], indices=range(len(labels))[i : i + args.batch_size],
                 guidance=weight, callback=callback, **options,
             )
             for weight in weights

@@ -1,6 +1,6 @@
 """Muon, the optimizer of the blocks' matrices: momentum, then the nearest orthogonal matrix.
 
-Jordan et al., https://kellerjordan.github.io/posts/muon; the scale of the update is that of Moonlight, arXiv 2502.16982.
+Jordan et al., https://kellerjordan.github.io/posts/muon; the scale of the update is Moonlight's, arXiv 2502.16982.
 torch.optim.Muon does the same in bfloat16, one matrix at a time: fast on a GPU, slow on a CPU, which this is for.
 """
 

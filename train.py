@@ -31,15 +31,25 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
-from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS, Diffusion, draw_timesteps, drop_labels, training_loss
+from diffusion import (
+    PREDICTIONS,
+    SCHEDULES,
+    TIMESTEP_DISTRIBUTIONS,
+    Diffusion,
+    draw_timesteps,
+    drop_labels,
+    training_loss,
+)
 from dit import MODELS, DiT, DiTConfig
 from inference import RUNS, UsageError, fail, grid, pick_device, sample, seeded
 from muon import Muon
 
 DEFAULTS = dict(
-    data_dir="data", schedule="flow", prediction="v", timestep_distribution="uniform", label_dropout=0.1, learn_sigma=False,
-    gradient_checkpointing=False, accumulate=1, optimizer="muon", warmup=100, lr_schedule="cosine", weight_decay=0.0,
-    clip=1.0, ema=0.999, seed=0, save_every=500, min_snr=None, dataset=None, image_size=None,
+    dataset=None, data_dir="data", image_size=None,
+    learn_sigma=False, gradient_checkpointing=False,
+    schedule="flow", prediction="v", timestep_distribution="uniform", min_snr=None, label_dropout=0.1,
+    accumulate=1, optimizer="muon", warmup=100, lr_schedule="cosine", weight_decay=0.0, clip=1.0, ema=0.999,
+    save_every=500, seed=0,
 )
 # What else depends on the device. cpu: up to 10 minutes on 2 cores.
 PRESETS = {
@@ -56,7 +66,8 @@ def number(kind: type, low: float, high: float = math.inf):
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: use {low} or more" + (f", up to {high}" if high < math.inf else ""))
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: use {limits}")
         return value
 
     parse.__name__ = kind.__name__
@@ -69,8 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def add(group: argparse._ArgumentGroup, flag: str, help: str, **options) -> None:
         name = flag[2:].replace("-", "_")
-        default = DEFAULTS.get(name, ", ".join(f"{p[name]} on {device}" for device, p in PRESETS.items() if name in p))
-        group.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, "", False) else ""), **options)
+        by_device = ", ".join(f"{preset[name]} on {device}" for device, preset in PRESETS.items() if name in preset)
+        default = DEFAULTS.get(name, by_device)
+        group.add_argument(flag, help=f"{help} (default: {default})" if default not in (None, "") else help, **options)
 
     yes_no = dict(action=argparse.BooleanOptionalAction)
     one, zero, fraction = number(int, 1), number(float, 0), number(float, 0, 1)
@@ -78,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(dataset.DATASETS)
     add(data, "--dataset", f"{names}, or a folder of images (default: mnist, or 5,000 of its digits without a network)")
     add(data, "--data-dir", "where data sets are, or are downloaded to")
-    add(data, "--image-size", f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)", type=one)
+    size = f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)"
+    add(data, "--image-size", size, type=one)
     model = parser.add_argument_group("network")
     add(model, "--model", "DiT-SIZE/PATCH, one of " + ", ".join(MODELS), choices=MODELS, metavar="NAME")
     add(model, "--learn-sigma", "predict the variance of the reverse steps too", **yes_no)
@@ -93,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(optim, "--steps", "of training, in all", type=one)
     add(optim, "--batch-size", "images a step, over all processes", type=one)
     add(optim, "--accumulate", "parts that a batch is cut into, to save memory", type=one)
-    add(optim, "--optimizer", "muon is for the matrices of the blocks, with adamw for the rest", choices=["adamw", "muon"])
+    add(optim, "--optimizer", "muon: for the matrices of the blocks, beside adamw", choices=["adamw", "muon"])
     add(optim, "--lr", "highest learning rate", type=zero)
     add(optim, "--warmup", "steps of linear rise before that", type=number(int, 0))
     add(optim, "--lr-schedule", "after that", choices=["cosine", "constant"])
@@ -101,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(optim, "--clip", "largest norm of the gradient", type=zero)
     add(optim, "--ema", "decay of the averaged weights, which draw the samples", type=fraction)
     run = parser.add_argument_group("run")
-    add(run, "--run", "folder of the run (default: the next free runs/DATASET-N)", type=Path)
+    add(run, "--run-dir", "folder of a new run (default: the next free runs/DATASET-N)", type=Path)
     add(run, "--resume", "folder of a run to go on with", type=Path, metavar="RUN")
     add(run, "--save-every", "steps between checkpoints, each with a grid of samples", type=one)
     add(run, "--seed", "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
@@ -113,10 +126,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settle(given: argparse.Namespace, device: torch.device, saved: dict | None) -> argparse.Namespace:
     """Every setting: as given, else as saved by the run that is resumed, else the default. Raises UsageError."""
-    explicit = {name: value for name, value in vars(given).items() if value is not None and name not in ("run", "resume")}
+    settings = vars(given).items()
+    explicit = {name: value for name, value in settings if value is not None and name not in ("run_dir", "resume")}
     for name in explicit.keys() - MAY_CHANGE if saved else ():
         if explicit[name] != saved[name]:
-            raise UsageError(f"--{name.replace('_', '-')} was {saved[name]} in this run and cannot change: leave it out")
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: leave it out")
     return argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **(saved or {}), **explicit})
 
 
@@ -161,7 +176,7 @@ class Run:
 
 
 class Interrupt:
-    """Remembers SIGINT and SIGTERM, so that the loop ends between two steps. A second one ends a lone process at once."""
+    """Remembers SIGINT and SIGTERM, so that the loop ends between two steps; a second one ends the process at once."""
 
     def __init__(self, world: int):
         self.signal, self.world = 0, world
@@ -203,8 +218,9 @@ def update_ema(average: DiT, model: DiT, step: int, decay: float) -> None:
 class Trainer:
     """The network, its average and its optimizers, and how they take one step."""
 
-    def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
+    def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device, rank: int, world: int):
         self.args, self.config, self.device = args, config, device
+        self.shape = (config.in_channels, config.image_size, config.image_size)
         self.share = args.batch_size // world                    # images of a batch that are this rank's
         self.part = self.share // args.accumulate                # images that go through the network at once
         self.mine = slice(self.share * rank, self.share * (rank + 1))
@@ -219,14 +235,14 @@ class Trainer:
             self.net = DistributedDataParallel(self.model)
 
     def draw(self, step: int) -> list[Tensor]:
-        """This rank's share of a step's timesteps (b,), uniform numbers (b,) to drop labels by, and noise (b, C, S, S)."""
-        args, n, size = self.args, self.args.batch_size, self.config.image_size
-        generator = seeded(args.seed, step)
-        t = draw_timesteps(n, self.diffusion.T, args.timestep_distribution, generator)
+        """This rank's share of what is random in a step: timesteps (b,), uniform numbers (b,) to drop labels by, and
+        noise (b, C, S, S)."""
+        n, generator = self.args.batch_size, seeded(self.args.seed, step)
+        t = draw_timesteps(n, self.diffusion.T, self.args.timestep_distribution, generator)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
-            generator = seeded(args.seed, step, self.device)
-        eps = torch.randn(n, self.config.in_channels, size, size, generator=generator, device=self.device)
+            generator = seeded(self.args.seed, step, self.device)
+        eps = torch.randn(n, *self.shape, generator=generator, device=self.device)
         return [value[self.mine].to(self.device) for value in (t, u, eps)]
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -270,7 +286,7 @@ class Trainer:
 
     def rehearse(self) -> float:
         """One pass forward and back on nothing, which changes nothing: the seconds of one step by that measure."""
-        x0 = torch.zeros(self.part, self.config.in_channels, self.config.image_size, self.config.image_size, device=self.device)
+        x0 = torch.zeros(self.part, *self.shape, device=self.device)
         y = torch.zeros(self.part, dtype=torch.long, device=self.device)
         begin = time.perf_counter()
         self.loss(x0, y, y, x0).backward()
@@ -306,7 +322,7 @@ def new_folder(asked: Path | None, name: str) -> Path:
         numbered = (RUNS / f"{name}-{n}" for n in itertools.count(1))
         return next(folder for folder in numbered if not folder.exists())
     if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-        raise UsageError(f"{asked} is there already: go on with it by --resume {asked}, or give another --run")
+        raise UsageError(f"{asked} is there already: go on with it by --resume {asked}, or give another --run-dir")
     return asked
 
 
@@ -321,10 +337,11 @@ def train(given: argparse.Namespace) -> int:
     if start >= args.steps:
         raise UsageError(f"{given.resume} is at step {start} already: ask for more with --steps")
     if args.batch_size % (world * args.accumulate):
-        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of processes x --accumulate, {world} x {args.accumulate}")
+        parts = f"{world} processes x {args.accumulate}" if world > 1 else f"--accumulate {args.accumulate}"
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    folder = given.resume or new_folder(given.run, Path(args.dataset or "mnist").name)
+    folder = given.resume or new_folder(given.run_dir, Path(args.dataset or "mnist").name)
 
     # Rank 0 downloads before the others look.
     if rank > 0:
@@ -333,7 +350,7 @@ def train(given: argparse.Namespace) -> int:
     if rank == 0 and world > 1:
         dist.barrier()
     if state and state["data"] != data.source:
-        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: name the right --data-dir")
+        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: give its --data-dir")
     channels, size, _ = data.pixels[0].shape
     if given.model is None and not saved and size % MODELS[args.model]["patch_size"]:
         args.model = args.model.split("/")[0] + "/8"
@@ -379,14 +396,15 @@ def train(given: argparse.Namespace) -> int:
             losses /= world
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         stop = stop.item()
+        numbers = range(done - len(pending) + 1, done + 1)
         entries = [
-            dict(step=done - len(losses) + i, loss=loss, gradient_norm=norm, lr=learning_rate(done - len(losses) + i - 1, args))
-            for i, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True), start=1)
+            dict(step=number, loss=loss, gradient_norm=norm, lr=learning_rate(number - 1, args))
+            for number, loss, norm in zip(numbers, losses.tolist(), norms.tolist(), strict=True)
         ]
         for entry in entries:
             if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
-                good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "there is no checkpoint yet"
-                raise TrainingError(f"the loss or its gradient is not finite at step {entry['step']}; {good}: lower --lr")
+                good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "no checkpoint yet"
+                raise TrainingError(f"loss or gradient not finite at step {entry['step']}; {good}: lower --lr")
         pending.clear()
         if rank == 0:
             run.log(entries)
@@ -421,7 +439,8 @@ def train(given: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    warnings.showwarning = lambda message, *_: tqdm.write(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+    script = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_: tqdm.write(f"{script}: warning: {message}", file=sys.stderr)
     if int(os.environ.get("RANK", 0)) > 0:
         warnings.simplefilter("ignore")
     try:

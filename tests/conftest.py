@@ -12,7 +12,7 @@ from PIL import Image
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--image-size", "8", "--model", "DiT-N/4", "--batch-size", "8", "--warmup", "2", "--no-compile", "--device", "cpu"]
+TINY = "--image-size 8 --model DiT-N/4 --batch-size 8 --warmup 2 --no-compile --device cpu".split()
 
 
 def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
@@ -46,6 +46,6 @@ def images(tmp_path_factory) -> Path:
 def tiny_run(images, tmp_path_factory) -> Path:
     """The folder of a finished run of 20 steps on these images."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    arguments = ["--dataset", str(images), *TINY, "--steps", "20", "--save-every", "10", "--run", str(folder)]
+    arguments = ["--dataset", str(images), *TINY, "--steps", "20", "--save-every", "10", "--run-dir", str(folder)]
     assert train.train(train.parse_args(arguments)) == 0
     return folder

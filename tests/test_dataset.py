@@ -160,13 +160,14 @@ def test_loose_images_have_no_classes(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "color", "expected"),
     [
-        ("1", 1, [255]), ("L", 100, [100]), ("LA", (100, 255), [100]), ("LA", (100, 0), [255]), ("I;16", 100 * 257, [100]),
-        ("I", 100 * 257, [100]), ("P", 0, [0, 0, 0]), ("RGB", (1, 2, 3), [1, 2, 3]), ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
+        ("1", 1, [255]), ("L", 100, [100]), ("LA", (100, 255), [100]), ("LA", (100, 0), [255]),
+        ("I;16", 100 * 257, [100]), ("I", 100 * 257, [100]), ("P", 0, [0, 0, 0]),
+        ("RGB", (1, 2, 3), [1, 2, 3]), ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
         ("RGBA", (1, 2, 3, 0), [255, 255, 255]), ("CMYK", (0, 0, 0, 255), [0, 0, 0]),
     ],
 )
 def test_images_of_any_mode_are_read(tmp_path, mode, color, expected):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     save(path, mode, color=color)
     assert FolderPixels([path], 4)[0][:, 0, 0].tolist() == expected
 

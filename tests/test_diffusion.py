@@ -212,14 +212,14 @@ def test_learned_variance_loss_equals_an_independent_computation():
     beta_tilde = (1 - before) / (1 - alpha_bar) * beta
     beta_tilde[0] = beta_tilde[1]
     for i, time in enumerate(t.tolist()):
-        X0, E, O, V = (z[i].double() for z in (x0, eps, out, v))
+        X0, E, OUT, V = (z[i].double() for z in (x0, eps, out, v))
         ab, ab_before, b = alpha_bar[time], before[time], beta[time]
         x_t = ab.sqrt() * X0 + (1 - ab).sqrt() * E
 
         def mean(z, x_t=x_t, ab=ab, ab_before=ab_before, b=b):
             return ab_before.sqrt() * b / (1 - ab) * z + (1 - b).sqrt() * (1 - ab_before) / (1 - ab) * x_t
 
-        x0_hat = (x_t - (1 - ab).sqrt() * O) / ab.sqrt()
+        x0_hat = (x_t - (1 - ab).sqrt() * OUT) / ab.sqrt()
         fraction = (V + 1) / 2
         std = (0.5 * (fraction * b.log() + (1 - fraction) * beta_tilde[time].log())).exp()
         if time:
@@ -233,7 +233,7 @@ def test_learned_variance_loss_equals_an_independent_computation():
             high = torch.where(X0 > 0.999, 1.0, cdf((X0 + 1 / 255 - mean(x0_hat)) / std))
             low = torch.where(X0 < -0.999, 0.0, cdf((X0 - 1 / 255 - mean(x0_hat)) / std))
             bound = -(high - low).clamp(min=1e-12).log()
-        expected = (E - O).square().mean() + bound.mean() / math.log(2)
+        expected = (E - OUT).square().mean() + bound.mean() / math.log(2)
         assert loss[i].item() == pytest.approx(expected.item(), rel=2e-4)
 
 
@@ -323,7 +323,7 @@ def test_every_sampler_returns_both_of_two_points(schedule):
 @every_schedule
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2)])
 def test_order_of_accuracy(schedule, sampler, order):
-    """Halving the step divides the error by 2^order. For Gaussian data the exact path keeps (x - a m) / std constant."""
+    """Halving the step divides the error by 2^order. On Gaussian data the exact path keeps (x - a m) / std as it is."""
     d, m, c = Diffusion(schedule, "x0", timesteps=20000), 0.4, 0.3
     begin, end = 16000, 4000
 
@@ -368,7 +368,8 @@ def test_samplers_show_every_step_and_clip_only_x0_hat(schedule):
     timesteps = spaced_timesteps(T, 6)
     for sampler, options in ((ddpm, dict(noise=lambda: gaussian(2))), (ddim, {}), (dpm_solver, {})):
         seen = []
-        out = sampler(d, lambda x, t: 5 * x, x, timesteps, callback=lambda *step, seen=seen: seen.append(step), **options)
+        options["callback"] = lambda *step, seen=seen: seen.append(step)
+        out = sampler(d, lambda x, t: 5 * x, x, timesteps, **options)
         assert [t for t, _, _ in seen] == timesteps
         assert torch.equal(seen[0][1], x)
         assert all(x0_hat.abs().max() <= 1 for _, _, x0_hat in seen)
@@ -381,7 +382,7 @@ def test_samplers_show_every_step_and_clip_only_x0_hat(schedule):
 @pytest.mark.parametrize("clip", [False, True])
 def test_each_sampler_agrees_with_diffusers(schedule, prediction, clip):
     """Step by step, on random predictions."""
-    common = dict(num_train_timesteps=T, beta_schedule=BETA_SCHEDULE[schedule], prediction_type=PREDICTION_TYPE[prediction])
+    common = dict(beta_schedule=BETA_SCHEDULE[schedule], prediction_type=PREDICTION_TYPE[prediction])
     if schedule == "linear":
         common.update(beta_start=1e-4, beta_end=0.02)
     d = Diffusion(schedule, prediction)
@@ -400,9 +401,8 @@ def test_each_sampler_agrees_with_diffusers(schedule, prediction, clip):
 
     def ours(sampler, *arguments, **options):
         path = []
-        out = sampler(
-            d, predict, gaussian(9, n=2), timesteps, *arguments, clip=clip, callback=lambda t, x, _: path.append(x), **options
-        )
+        options.update(clip=clip, callback=lambda t, x, _: path.append(x))
+        out = sampler(d, predict, gaussian(9, n=2), timesteps, *arguments, **options)
         return [*path, out]
 
     def noise():

@@ -14,6 +14,7 @@ from conftest import ROOT, TINY, run_script
 import checkpoint
 import train
 from checkpoint import CheckpointError
+from dataset import IDX_FILES
 from inference import UsageError
 from train import learning_rate, parse_args
 
@@ -57,7 +58,7 @@ def test_a_run_leaves_all_its_files(tiny_run):
 def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatch, optimizer):
     """100 steps, a SIGTERM, and 100 more, against 200 in one go."""
     arguments = ["--dataset", images, *TINY, "--steps", 200, "--save-every", 1000, "--optimizer", optimizer]
-    assert run(*arguments, "--run", tmp_path / "whole") == 0
+    assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
 
     step = train.Trainer.step
 
@@ -67,7 +68,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
         return step(self, number, *batch)
 
     monkeypatch.setattr(train.Trainer, "step", interrupted)
-    assert run(*arguments, "--run", tmp_path / "parts") == 128 + signal.SIGTERM
+    assert run(*arguments, "--run-dir", tmp_path / "parts") == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "parts")["step"] == 100
     monkeypatch.setattr(train.Trainer, "step", step)
     assert run("--resume", tmp_path / "parts") == 0
@@ -80,7 +81,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
 def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monkeypatch):
     """As after a power cut: the log is ahead of the checkpoint."""
     arguments = ["--dataset", images, *TINY, "--steps", 30, "--save-every", 10]
-    assert run(*arguments, "--run", tmp_path / "whole") == 0
+    assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
     save = checkpoint.save
 
     def power_cut(path, state):
@@ -90,7 +91,7 @@ def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monke
 
     monkeypatch.setattr(checkpoint, "save", power_cut)
     with pytest.raises(KeyboardInterrupt):
-        run(*arguments, "--run", tmp_path / "cut")
+        run(*arguments, "--run-dir", tmp_path / "cut")
     monkeypatch.setattr(checkpoint, "save", save)
     assert len(losses(tmp_path / "cut")) == 30
     assert checkpoint.load(tmp_path / "cut")["step"] == 20
@@ -100,15 +101,15 @@ def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monke
 
 def test_accumulating_gradients_changes_only_the_memory(images, tmp_path):
     for parts in (1, 4):
-        run("--dataset", images, *TINY, "--steps", 8, "--accumulate", parts, "--run", tmp_path / str(parts))
+        run("--dataset", images, *TINY, "--steps", 8, "--accumulate", parts, "--run-dir", tmp_path / str(parts))
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 def test_two_processes_take_the_steps_of_one(images, tmp_path):
     arguments = ["--dataset", images, *TINY, "--save-every", 6]
-    run(*arguments, "--steps", 6, "--run", tmp_path / "one")
+    run(*arguments, "--steps", 6, "--run-dir", tmp_path / "one")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-    result = run_script("train.py", *arguments, "--steps", 6, "--run", "two", cwd=tmp_path, python=torchrun)
+    result = run_script("train.py", *arguments, "--steps", 6, "--run-dir", "two", cwd=tmp_path, python=torchrun)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert len(list((tmp_path / "two").glob("events*"))) == 1
@@ -120,7 +121,7 @@ def test_two_processes_take_the_steps_of_one(images, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(images, tmp_path, number):
-    command = [sys.executable, ROOT / "train.py", "--dataset", images, *TINY, "--steps", "100000", "--run", "run"]
+    command = [sys.executable, ROOT / "train.py", "--dataset", images, *TINY, "--steps", "100000", "--run-dir", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").stat().st_size:
@@ -136,7 +137,7 @@ def test_a_signal_saves_and_says_how_to_go_on(images, tmp_path, number):
 
 
 def test_two_processes_stop_together(images, tmp_path):
-    arguments = ["--dataset", images, *TINY, "--steps", "100000", "--run", "run"]
+    arguments = ["--dataset", images, *TINY, "--steps", "100000", "--run-dir", "run"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train.py", *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "run" / "log.jsonl"
@@ -159,8 +160,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return (loss * float("nan") if number == 16 else loss), norm
 
     monkeypatch.setattr(train.Trainer, "step", broken)
-    arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run", tmp_path / "run"]
-    with pytest.raises(train.TrainingError, match="not finite at step 17; the checkpoint of step 10 in .*run is good"):
+    arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run-dir", tmp_path / "run"]
+    with pytest.raises(train.TrainingError, match="loss or gradient not finite at step 17; the checkpoint of step 10 in .*run is good"):
         run(*arguments)
     state = checkpoint.load(tmp_path / "run")
     assert state["step"] == 10
@@ -170,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_run_is_never_overwritten(images, tiny_run, tmp_path):
     before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match="go on with it by --resume"):
-        run("--dataset", images, *TINY, "--steps", 1, "--run", tiny_run)
+        run("--dataset", images, *TINY, "--steps", 1, "--run-dir", tiny_run)
     assert before == {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
 
 
@@ -211,23 +212,27 @@ def test_a_resumed_run_keeps_its_data(tiny_run, images, tmp_path):
 )
 def test_settings_that_do_not_go_together_name_the_fix(images, tmp_path, arguments, fix):
     with pytest.raises(UsageError, match=fix):
-        run("--dataset", images, "--no-compile", *arguments, "--run", tmp_path / "run")
+        run("--dataset", images, "--no-compile", *arguments, "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--steps", "0"], ["--lr", "-1"], ["--label-dropout", "1.5"], ["--ema", "x"], ["--model", "DiT-Q/2"], ["--nonsense"]],
+    ["--steps 0", "--lr -1", "--label-dropout 1.5", "--ema x", "--model DiT-Q/2", "--device abacus", "--nonsense"],
 )
 def test_bad_flags_are_exit_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_args(arguments)
+        parse_args(arguments.split())
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
-    result = run_script("train.py", "--dataset", "mnist", "--data-dir", "nowhere", cwd=tmp_path, env={**os.environ, "no_proxy": "*"})
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in IDX_FILES:
+        (raw / file).write_bytes(b"broken")
+    result = run_script("train.py", "--dataset", "mnist", cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("train.py: error: cannot get MNIST (")
@@ -240,7 +245,7 @@ def test_every_objective_trains(images, tmp_path):
         ["--schedule", "cosine", "--prediction", "x0", "--timestep-distribution", "logit-normal", "--min-snr", 5],
         ["--schedule", "flow", "--prediction", "v", "--precision", "bf16", "--gradient-checkpointing"],
     )):
-        assert run("--dataset", images, *TINY, "--steps", 4, *options, "--run", tmp_path / str(i)) == 0
+        assert run("--dataset", images, *TINY, "--steps", 4, *options, "--run-dir", tmp_path / str(i)) == 0
         assert all(torch.isfinite(torch.tensor(losses(tmp_path / str(i)))))
 
 
@@ -268,7 +273,7 @@ def test_the_average_begins_with_the_first_weights_and_slows_down(images):
 def test_training_learns_the_classes(images, tmp_path):
     """Dark, grey and light images: after some hundred steps the samples of each class have its brightness."""
     arguments = ["--dataset", images, *TINY, "--batch-size", 32, "--steps", 150, "--save-every", 1000]
-    assert run(*arguments, "--run", tmp_path / "run") == 0
+    assert run(*arguments, "--run-dir", tmp_path / "run") == 0
     from inference import sample
 
     model, diffusion, _ = checkpoint.build(checkpoint.load(tmp_path / "run"))
@@ -281,14 +286,14 @@ def test_training_learns_the_classes(images, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_trains_and_resumes(images, tmp_path, precision):
     arguments = ["--dataset", images, *TINY[:-2], "--device", "cuda", "--precision", precision, "--save-every", 10]
-    run(*arguments, "--steps", 10, "--lr-schedule", "constant", "--run", tmp_path / "parts")
+    run(*arguments, "--steps", 10, "--lr-schedule", "constant", "--run-dir", tmp_path / "parts")
     run("--resume", tmp_path / "parts", "--steps", 20)
-    run(*arguments, "--steps", 20, "--lr-schedule", "constant", "--run", tmp_path / "whole")
+    run(*arguments, "--steps", 20, "--lr-schedule", "constant", "--run-dir", tmp_path / "whole")
     assert_equal_states(*(checkpoint.load(tmp_path / name)["model"] for name in ("whole", "parts")))
 
 
 def test_without_a_compiler_it_goes_on_eagerly(images, tmp_path):
-    arguments = ["--dataset", images, *[a for a in TINY if a != "--no-compile"], "--steps", 2, "--run", "run"]
+    arguments = ["--dataset", images, *[a for a in TINY if a != "--no-compile"], "--steps", 2, "--run-dir", "run"]
     environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     result = run_script("train.py", *arguments, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
