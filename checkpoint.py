@@ -4,7 +4,7 @@
     NAME.safetensors      the averaged weights alone, to publish; the description below as JSON in the metadata
     a state dict, .pt     weights of the official DiT, with the name of the model told beside
 
-The first two describe themselves: {"format", "config" of the DiT, "diffusion", "classes", "data", "step"}.
+The first two describe themselves: see `describe`.
 """
 
 import json
@@ -27,10 +27,14 @@ class CheckpointError(Exception):
     """The file cannot be used; the message is one line that says why and names the fix."""
 
 
-def describe(config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int) -> dict:
-    """What a checkpoint says of itself, in plain types. classes: names; data: the source of the images, in words."""
+def describe(
+    config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int, guidance: float
+) -> dict:
+    """What a checkpoint says of itself, in plain types. classes: their names; data: the source of the images, in words;
+    step: how long it was trained; guidance: the weight to draw with, unless told."""
     return dict(
-        format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step
+        format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step,
+        guidance=guidance,
     )
 
 
@@ -100,13 +104,18 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
         out_channels = state["final_layer.linear.bias"].shape[0] // MODELS[model]["patch_size"] ** 2
         num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} holds no DiT weights: --model is for those of the official code") from error
-    config = DiTConfig(
-        **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels,
-        num_classes=num_classes, learn_sigma=out_channels == 2 * in_channels,
-    )
+        raise CheckpointError(
+            f"{path} holds no official DiT weights: leave --model out for files of train.py, which name their own"
+        ) from error
+    try:
+        config = DiTConfig(
+            **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels,
+            num_classes=num_classes, learn_sigma=out_channels == 2 * in_channels,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit {model}: {error}") from error
     classes = tuple(str(label) for label in range(num_classes))
-    return describe(config, Diffusion("linear", "eps", 1000), classes, "official weights", 0)
+    return describe(config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0)
 
 
 def build(state: dict, device: torch.device | str = "cpu") -> tuple[DiT, Diffusion, dict]:
@@ -115,7 +124,9 @@ def build(state: dict, device: torch.device | str = "cpu") -> tuple[DiT, Diffusi
         model = DiT(DiTConfig(**state["config"]))
         model.load_state_dict(state["ema"])
         diffusion = Diffusion(**state["diffusion"], device=device)
-        description = describe(model.config, diffusion, tuple(state["classes"]), state["data"], state["step"])
+        description = describe(
+            model.config, diffusion, tuple(state["classes"]), state["data"], state["step"], state["guidance"]
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise CheckpointError(f"the weights do not fit the network that the checkpoint describes: {reason}") from error

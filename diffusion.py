@@ -3,7 +3,7 @@
 Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239, is the default reading:
 
     Eq. 4        the forward process      Diffusion.q_sample
-    Algorithm 1  training                 training_loss
+    Algorithm 1  training                 training_loss (its line 5; train.py draws what lines 2 to 4 draw)
     Algorithm 2  sampling                 ddpm
 
 and each relative differs in one place. Whatever the process, a noisy image is x_t = a_t x0 + s_t eps:
@@ -86,9 +86,9 @@ class Diffusion:
 
         # float32 tables for training. From double precision, because beta is a small difference of large numbers.
         posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
-        c, c0, variance, beta = posterior.unbind(1)
+        _, c0, variance, beta = posterior.unbind(1)
         variance[0] = variance[1]  # it is 0, which has no logarithm; iDDPM, section 3.1
-        tables = dict(a=a, s=s, da=da, ds=ds, A=A, B=B, c=c, c0=c0, log_variance=variance.log(), log_beta=beta.log())
+        tables = dict(a=a, s=s, da=da, ds=ds, A=A, B=B, c0=c0, log_variance=variance.log(), log_beta=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
     def at(self, name: str, t: Tensor) -> Tensor:
@@ -127,22 +127,19 @@ class Diffusion:
         (v = -1) to beta (v = 1)."""
         return torch.lerp(self.at("log_variance", t), self.at("log_beta", t), (v + 1) / 2)
 
-    def variational_bound(self, x0: Tensor, x_t: Tensor, t: Tensor, x0_hat: Tensor, log_variance: Tensor) -> Tensor:
+    def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         """The term of the variational bound that belongs to t, in bits per dimension, (B,): DDPM Eq. 5.
 
         For t > 0 the KL divergence of q(x_{t-1} | x_t, x0) from the model's step; for t = 0 the negative
         log-likelihood of x0, an image of 256 levels, under the last step.
         """
-        def mean(x):
-            return self.at("c", t) * x_t + self.at("c0", t) * x
-
         true_log_variance = self.at("log_variance", t)
         kl = 0.5 * (
             log_variance - true_log_variance - 1
             + (true_log_variance - log_variance).exp()
-            + (mean(x0) - mean(x0_hat)) ** 2 * (-log_variance).exp()
+            + (self.at("c0", t) * (x0 - x0_hat)) ** 2 * (-log_variance).exp()  # both means have the same c x_t
         )
-        nll = -discretized_log_likelihood(x0, mean(x0_hat), log_variance)
+        nll = -discretized_log_likelihood(x0, x0_hat, log_variance)  # at t = 0 the mean is x0_hat
         at_zero = (t == 0).view(-1, 1, 1, 1)
         return torch.where(at_zero, nll, kl).flatten(1).mean(1) / math.log(2)
 
@@ -186,10 +183,10 @@ def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
 def training_loss(
     diffusion: Diffusion, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, snr_gamma: float | None = None
 ) -> Tensor:
-    """DDPM Algorithm 1, lines 2 to 5: the loss of each image, (B,).
+    """DDPM Algorithm 1, line 5: the loss of each image, (B,), whose gradient is the training step.
 
-    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0. snr_gamma weights by
-    min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556).
+    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0 (lines 2 to 4). snr_gamma weights
+    by min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556).
     A model of 2C channels is trained with the hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
     """
     C = x0.shape[1]
@@ -204,7 +201,7 @@ def training_loss(
     if out.shape[1] == 2 * C:
         x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # L_vlb teaches the variance alone
         log_variance = diffusion.learned_log_variance(out[:, C:], t)
-        loss = loss + diffusion.variational_bound(x0, x_t, t, x0_hat, log_variance)
+        loss = loss + diffusion.variational_bound(x0, x0_hat, log_variance, t)
     return loss
 
 
@@ -289,6 +286,8 @@ def ddim(
     eta: float = 0.0, clip: bool = True, callback: Callable | None = None,
 ) -> Tensor:
     """DDIM, arXiv 2010.02502, Eq. 12 and 16. eta = 0 is deterministic (for flow: Euler's method), eta = 1 is DDPM."""
+    if eta and noise is None:
+        raise ValueError("eta above 0 adds noise: give the function that draws it, or eta 0")
     a, sigma = diffusion.a, diffusion.s
     for t, s in pairwise([*timesteps, -1]):
         x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)

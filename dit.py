@@ -193,7 +193,8 @@ class DiTBlock(nn.Module):
     """A pre-norm transformer block whose LayerNorms take scale and shift from c, and its branches a gate.
 
     At initialisation the modulation is zero, so both gates are zero and the block is the identity. It learns all the
-    same: the gradient of a gate is the branch's output, which is not zero; the branch itself moves one step later.
+    same, for a gate's gradient is its branch's output, which is not zero. Since the final layer starts at zero too, the
+    first step moves that layer alone, the second also the modulations, and the third everything.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):

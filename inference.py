@@ -111,9 +111,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
     mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row a weight, same noise")
     mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
-    what.add_argument("--labels", nargs="+", metavar="L", default=["0-9"], help="classes or ranges of them, a row each")
-    what.add_argument("--per-class", type=int, default=10, help="images of each label; 1 puts them all in one row")
-    what.add_argument("--count", type=int, default=10_000, help="images in the --npz file")
+    what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row each (default: 0-9)")
+    what.add_argument("--per-class", type=int, help="images of each label, 1: all in one row (default: 10)")
+    what.add_argument("--count", type=int, help="images in the --npz file (default: 10000)")
     what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     what = parser.add_argument_group("weights")
@@ -123,9 +123,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise")
     steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
     what.add_argument("--steps", type=int, help=f"network calls on that way (default: {steps})")
+    guidance = f"0 ignores labels, 1 plain, above 1 guided (default: as trained, {DEFAULT_GUIDANCE} as a rule)"
     what.add_argument("--eta", type=float, default=0.0, help="for ddim: fresh noise, 0 none, 1 as in ddpm")
-    what.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE, help="0 ignores labels, 1 plain, above 1 guided")
-    what.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided")
+    what.add_argument("--guidance", type=float, help=guidance)
+    what.add_argument(
+        "--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at these timesteps only"
+    )
     what.add_argument("--batch-size", type=int, default=250, help="images at a time; does not change them")
     what.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
     return parser.parse_args(argv)
@@ -133,13 +136,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is. Raises UsageError where it is missing."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # processes cannot share a Mac's GPU
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
     name = name or next(device for device, there in available.items() if there)
     if not available[name]:
         raise UsageError(f"no {name} device here: leave --device out, or use --device cpu")
     if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_rank)
     return torch.device(name)
 
 
@@ -153,24 +160,22 @@ def find_checkpoint() -> Path:
     return runs[-1]
 
 
-def parse_labels(words: list[str], classes: list[str]) -> list[int]:
-    """["3", "7-9", "cat"] -> class numbers. ["0-9"], the default, means all there are of these. Raises UsageError."""
+def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
+    """["3", "7-9", "cat"] -> class numbers; None -> the first ten, or ten rows of anything. Raises UsageError."""
+    if words is None:
+        return list(range(min(10, len(classes)))) or [0] * 10
     if not classes:
-        if words != ["0-9"]:
-            raise UsageError("this model knows no labels: leave --labels out")
-        return [0] * 10  # ten rows of anything
+        raise UsageError("this model knows no labels: leave --labels out")
     labels = []
     for word in words:
         first, dash, last = word.partition("-")
         if word in classes:
             labels.append(classes.index(word))
         elif first.isdecimal() and (last.isdecimal() or not dash):
-            labels += range(int(first), int(last or first) + 1)
+            labels += range(int(first), min(int(last or first), len(classes)) + 1)
         else:
             names = ", ".join(classes[:20])
             raise UsageError(f"no class {word!r}: use numbers 0 to {len(classes) - 1}, or names: {names}")
-    if words == ["0-9"]:
-        labels = labels[: len(classes)]
     if not labels or max(labels) >= len(classes):
         raise UsageError(f"--labels {' '.join(words)}: the classes are 0 to {len(classes) - 1}")
     return labels
@@ -178,16 +183,22 @@ def parse_labels(words: list[str], classes: list[str]) -> list[int]:
 
 def check(args: argparse.Namespace, T: int) -> None:
     """Raises UsageError for what argparse cannot see: values out of range, or that do not go together."""
-    for name in ("per_class", "count", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
+    for flag, value in (("--per-class", args.per_class), ("--count", args.count), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}: use 1 or more")
+    if args.npz and (args.labels or args.output or args.per_class):
+        raise UsageError("--npz names the file and takes the labels in turn: leave out --output, --labels, --per-class")
+    if args.count and not args.npz:
+        raise UsageError("--count goes with --npz: use --per-class")
+    if (args.trajectory or args.compare_guidance) and args.per_class:
+        raise UsageError("--trajectory and --compare-guidance draw one image a label: leave --per-class out")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed is {args.seed}: use 0 to {2**32 - 1}")
     if not 1 <= args.steps <= T:
         raise UsageError(f"--steps is {args.steps}: use 1 to {T}, the timesteps that the model knows")
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
         raise UsageError(f"--eta is {args.eta}: use 0 to 1, with --sampler ddim")
-    if not all(math.isfinite(w) for w in [args.guidance, *(args.compare_guidance or [])]):
+    if not all(math.isfinite(w) for w in [args.guidance or 0, *(args.compare_guidance or [])]):
         raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
     if args.guidance_interval and not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] < T:
         raise UsageError(f"--guidance-interval takes LOW and HIGH, 0 <= LOW <= HIGH <= {T - 1}")
@@ -222,6 +233,9 @@ def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...]
         torch.distributed.init_process_group("gloo")
     if rank == 0:
         np.lib.format.open_memmap(array_file, "w+", dtype, (len(labels), *shape)).flush()
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small shows now
+            with open(array_file, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, array_file.stat().st_size)
     if world > 1:
         torch.distributed.barrier()
     array = np.lib.format.open_memmap(array_file, "r+")
@@ -231,6 +245,7 @@ def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...]
             array[first : indices.stop] = draw(labels[first : indices.stop], indices)
             bar.update(min(world * batch_size, len(labels) - first))
     array.flush()
+    del array  # closes the file, which Windows wants before it is removed
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -239,8 +254,8 @@ def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...]
             file.write(array_file, "arr_0.npy")
             with file.open("labels.npy", "w") as member:
                 np.save(member, labels.numpy())
-        array_file.unlink()
         os.replace(zip_file, path)
+        array_file.unlink()
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -258,34 +273,43 @@ def run(args: argparse.Namespace) -> Path:
         clip=is_image,
     )
 
+    guidance = description["guidance"] if args.guidance is None else args.guidance
+    per_class = args.per_class or 10
+
     if args.npz or not is_image:
-        labels = torch.arange(args.count) % max(len(classes), 1) if args.npz else rows.repeat_interleave(args.per_class)
+        if args.trajectory or args.gif or args.compare_guidance:
+            raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
+        labels = rows.repeat_interleave(per_class)
+        if args.npz:
+            labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
         C, S = config.in_channels, config.image_size
         shape, dtype = ((S, S, C), np.uint8) if is_image else ((C, S, S), np.float32)
 
         def draw_array(labels: Tensor, indices: range) -> np.ndarray:
-            images = sample(model, diffusion, labels, indices=indices, guidance=args.guidance, **options).cpu()
+            images = sample(model, diffusion, labels, indices=indices, guidance=guidance, **options).cpu()
             return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image else images.numpy()
 
         path = output_path(args.npz or args.output, "latents.npz")
         write_npz(path, draw_array, labels, shape, dtype, args.batch_size)
         return path
 
-    weights = args.compare_guidance or [args.guidance]
+    weights = args.compare_guidance or [guidance]
     one_each = args.trajectory or args.compare_guidance
-    labels = rows if one_each else rows.repeat_interleave(args.per_class)
+    labels = rows if one_each else rows.repeat_interleave(per_class)
     timesteps = spaced_timesteps(diffusion.T, args.steps)
     shown = timesteps[:: math.ceil(args.steps / (9 if args.trajectory else 40))]  # of the way, in these pictures
-    way = {t: [] for t in shown if args.trajectory or args.gif}
+    parts = {t: [] for t in shown if args.trajectory or args.gif}
     starts = range(0, len(labels), args.batch_size)
-    name = next(name for name in ("trajectory", "gif", "compare_guidance", "grid") if getattr(args, name, True))
-    default_names = {"gif": "denoising.gif", "compare_guidance": "guidance.png"}
-    path = output_path(args.output, default_names.get(name, f"{name}.png"))
+    name = (
+        "trajectory.png" if args.trajectory else "denoising.gif" if args.gif
+        else "guidance.png" if args.compare_guidance else "grid.png"
+    )
+    path = output_path(args.output, name)
     with tqdm(total=len(weights) * len(starts) * args.steps, desc="sampling", unit="step", leave=False) as bar:
         def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
             bar.update()
-            if t in way:
-                way[t].append(x_t.cpu())
+            if t in parts:
+                parts[t].append(x_t.cpu())
 
         images = torch.cat([
             sample(
@@ -295,9 +319,9 @@ def run(args: argparse.Namespace) -> Path:
             for weight in weights
             for i in starts
         ]).cpu()
-    way = [torch.cat(parts) for parts in way.values()] + [images]
+    way = [torch.cat(x_t) for x_t in parts.values()] + [images]
 
-    columns = len(labels) if args.compare_guidance or args.per_class == 1 else args.per_class
+    columns = len(labels) if args.compare_guidance or per_class == 1 else per_class
     if args.trajectory:
         grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
     elif args.gif:
@@ -310,20 +334,25 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main() -> None:
+    args, rank = parse_args(), int(os.environ.get("RANK", 0))
+    if rank > 0 and not args.npz:
+        return  # one process is enough for a picture
     try:
-        path = run(parse_args())
+        path = run(args)
     except (UsageError, checkpoint.CheckpointError) as error:
         sys.exit(fail(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(fail(error, status=1))
     except KeyboardInterrupt:
         sys.exit(130)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         print(path)
 
 
-def fail(error: Exception) -> int:
-    """Print an error as one line; the exit status of bad usage."""
+def fail(error: object, status: int = 2) -> int:
+    """Print an error as one line; the exit status, by default that of bad usage."""
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

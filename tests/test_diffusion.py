@@ -162,6 +162,21 @@ def test_loss_of_a_perfect_prediction_is_zero_and_of_none_is_the_target(schedule
     torch.testing.assert_close(none, target.square().mean((1, 2, 3)))
 
 
+@every_schedule
+def test_min_snr_weighs_an_error_in_x0_by_the_clipped_snr(schedule):
+    """Whatever is predicted: a prediction that is off by what moves x0_hat by 1 costs min(SNR, gamma)."""
+    t = torch.tensor([50, 300, 500, 900])
+    x0, eps = images(), gaussian(1)
+    for prediction in PREDICTIONS:
+        d = Diffusion(schedule, prediction)
+        x_t = d.q_sample(x0, t, eps)
+        out = d.target(x0, t, eps)
+        moved = d.predict_x0(out + 1, x_t, t) - d.predict_x0(out, x_t, t)
+        loss = training_loss(d, lambda *_, out=out: out + 1, x0, t, t, eps, snr_gamma=5.0)
+        snr = torch.tensor([(d.a[i] / d.s[i]) ** 2 for i in t.tolist()])
+        torch.testing.assert_close(loss, snr.clamp(max=5.0) * moved.square().mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
 @every_prediction
 def test_min_snr_weights_are_those_of_the_paper(prediction):
     gamma, t = 5.0, torch.tensor([0, 100, 500, 999])

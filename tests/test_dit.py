@@ -33,12 +33,23 @@ def test_block_is_identity_at_init():
     assert torch.equal(block(x, c), x)
 
 
-def test_output_is_zero_at_init_and_the_loss_still_reaches_what_must_learn_first():
+def test_layers_that_start_at_zero_wake_up_one_after_another():
+    """First the last layer alone has a gradient, then the modulations too, then everything."""
     model = DiT(DiTConfig(**SMALL))
-    out = model(*inputs(model.config))
-    assert torch.count_nonzero(out) == 0
-    (out - 1).square().mean().backward()
-    assert model.final_layer.linear.weight.grad.abs().max() > 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    moving = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = model(*inputs(model.config))
+        (out - torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+        moving.append({name for name, p in model.named_parameters() if p.grad.abs().max() > 0})
+        optimizer.step()
+    last = {"final_layer.linear.weight", "final_layer.linear.bias"}
+    modulations = {name for name, _ in model.named_parameters() if "adaLN_modulation" in name}
+    assert moving[0] == last
+    assert moving[1] >= last | {name for name in modulations if "final" in name}
+    assert not any("blocks.0.attn" in name or "blocks.0.mlp" in name for name in moving[1])
+    assert moving[2] >= modulations
 
 
 def test_patchify_and_unpatchify_are_inverse():

@@ -1,5 +1,7 @@
 """Claims about drawing images."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,7 @@ def test_ranks_share_an_npz(tiny_run, draw, tmp_path):
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+        assert np.array_equal(one["labels"], two["labels"])
 
 
 def test_official_weights_write_latents(draw, tmp_path):
@@ -129,8 +132,9 @@ def test_labels_are_numbers_names_or_ranges():
     assert parse_labels(["0-9"], digits) == list(range(10))
     assert parse_labels(["7-8", "0"], digits) == [7, 8, 0]
     assert parse_labels(["dog", "t-shirt"], ["cat", "t-shirt", "dog"]) == [2, 1]
-    assert parse_labels(["0-9"], ["cat", "dog"]) == [0, 1]
-    for wrong in (["10"], ["8-12"], ["x"], ["5-3"], ["-1"]):
+    assert parse_labels(None, ["cat", "dog"]) == [0, 1]
+    assert parse_labels(None, [str(i) for i in range(1000)]) == list(range(10))
+    for wrong in (["10"], ["8-12"], ["x"], ["5-3"], ["-1"], ["0-99999999999"]):
         with pytest.raises(UsageError):
             parse_labels(wrong, digits)
 
@@ -151,6 +155,9 @@ def test_labels_are_numbers_names_or_ranges():
         (["--labels", "seven"], "names: dark, grey, light"),
         (["--output", "digits.jpg"], "must end in .png"),
         (["--npz", "digits.zip"], "must end in .npz"),
+        (["--npz", "digits.npz", "--labels", 1], "leave out --output, --labels"),
+        (["--count", 5], "goes with --npz"),
+        (["--trajectory", "--per-class", 2], "leave --per-class out"),
     ],
 )
 def test_what_cannot_be_asked_for_names_the_fix(draw, arguments, fix, tmp_path):
@@ -180,8 +187,6 @@ def test_bare_it_takes_the_bundled_weights_then_the_newest_run(draw, monkeypatch
     for name in ("old", "new"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
-    import os
-
     os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
     assert inference.find_checkpoint().parent.name == "new"
     (tmp_path / "bundled.safetensors").write_bytes((tiny_run / "weights.safetensors").read_bytes())
@@ -191,7 +196,7 @@ def test_bare_it_takes_the_bundled_weights_then_the_newest_run(draw, monkeypatch
 
 def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
     model, diffusion = DiT(DiTConfig(image_size=8, patch_size=4, num_classes=0)), Diffusion()
-    description = checkpoint.describe(model.config, diffusion, (), "nothing", 0)
+    description = checkpoint.describe(model.config, diffusion, (), "nothing", 0, guidance=1.0)
     checkpoint.save_weights(tmp_path / "weights.safetensors", model.state_dict(), description)
     assert draw("--steps", 2, "--per-class", 3, weights=tmp_path / "weights.safetensors").exists()
     with pytest.raises(UsageError, match="knows no labels"):

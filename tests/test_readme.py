@@ -1,0 +1,84 @@
+"""Claim: every command of the README runs as it is written there, in its order, with fewer steps and images."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import dataset
+import inference
+import train
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(part, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    for part in line.split(" && ")
+    if part.strip() and not part.startswith("#")
+]
+# Appended, and so stronger than what stands before.
+FEWER = {
+    "train.py": "--steps 2 --save-every 2 --batch-size 8 --model DiT-N/4 --no-compile --device cpu",
+    "inference.py": "--steps 3 --device cpu",
+}
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Small data sets in place of those of torchvision."""
+    def small(name, root, train, download):
+        channels, size = (3, 32) if name == "cifar10" else (1, 28)
+        pixels = torch.randint(0, 256, (20, channels, size, size), dtype=torch.uint8)
+        return dataset.Images(pixels, torch.arange(20) % 10, dataset.DATASETS[name][1], f"20 images of {name}")
+
+    monkeypatch.setattr(dataset, "from_torchvision", small)
+
+
+def test_every_command_runs(downloads, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "none")
+    for i in range(8):
+        (tmp_path / "my-images").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 32), (30 * i, 0, 0)).save(tmp_path / "my-images" / f"{i}.jpg")
+    ran = 0
+    for command in COMMANDS:
+        script = next((i for i, word in enumerate(command) if word in FEWER), None)
+        if script is None:
+            assert command[0] in ("python3", ".venv/bin/pip") or "pytest" in command, command
+            continue
+        name, arguments = command[script], command[script + 1 :]
+        fewer = FEWER[name].split()
+        if "--resume" in arguments:
+            fewer = ["--steps", "4", "--no-compile"]
+        if "--npz" in arguments:
+            fewer += ["--count", "5"]
+        print(*command)
+        if name == "train.py":
+            assert train.train(train.parse_args([*arguments, *fewer])) == 0
+        else:
+            assert inference.run(inference.parse_args([*arguments, *fewer])).exists()
+        ran += 1
+    assert ran >= 8
+
+
+def test_every_flag_in_the_readme_exists():
+    helps = (ROOT / "train.py").read_text() + (ROOT / "inference.py").read_text()
+    flags = set(re.findall(r"`(--[a-z-]+)", README))
+    assert flags
+    for flag in flags:
+        assert f'"{flag.replace("--no-", "--")}"' in helps, flag
+
+
+def test_both_single_line_commands_make_their_own_environment():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv .venv && ")]
+    assert any(line.endswith("-m pytest") for line in lines)
+    assert any("train.py" in line and "inference.py" in line for line in lines)
+
+
+def test_the_file_map_names_every_file():
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in README
