@@ -13,6 +13,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
-from dit import DiT
+from dit import DiT, DiTConfig
 
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
 RUNS = Path("runs")
@@ -221,13 +222,15 @@ def output_path(path: Path | None, default: str) -> Path:
     return path
 
 
-def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...], dtype: type, batch_size: int) -> None:
+def write_npz(
+    path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...], dtype: type, batch_size: int, shared: bool
+) -> None:
     """One image per label (count,), as an .npz of arr_0 (count, *shape) and labels.
 
-    draw(labels, indices) returns a part of arr_0. It grows on the disk, so that memory holds one batch. Under torchrun
-    the ranks share the work, and the file must lie where all of them can write.
+    draw(labels, indices) returns a part of arr_0. It grows on the disk, so that memory holds one batch. With `shared`,
+    the processes of torchrun share the work, and the file must lie where all of them can write.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))) if shared else (0, 1)
     array_file, zip_file = path.with_name(path.name + ".array"), path.with_name(path.name + ".partial")
     if world > 1:
         torch.distributed.init_process_group("gloo")
@@ -258,70 +261,44 @@ def write_npz(path: Path, draw: Callable, labels: Tensor, shape: tuple[int, ...]
         array_file.unlink()
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Draw what the command line asks for; the path of the file."""
-    device = pick_device(args.device)
-    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
-    model, diffusion, description = checkpoint.build(state, device)
-    config, classes = model.config, description["classes"]
-    args.steps = min(DEFAULT_STEPS[args.sampler], diffusion.T) if args.steps is None else args.steps
-    check(args, diffusion.T)
-    is_image = config.in_channels in (1, 3)  # or else the latent of an autoencoder, which does not stay in [-1, 1]
-    rows = torch.tensor(parse_labels(args.labels, classes))
-    options = dict(
-        seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta, interval=args.guidance_interval,
-        clip=is_image,
-    )
+def draw_arrays(args: argparse.Namespace, draw: Callable, labels: Tensor, config: DiTConfig, is_image: bool) -> Path:
+    """The .npz that --npz asks for; of latents, which have no picture, an .npz in any case. Its path."""
+    C, S = config.in_channels, config.image_size
+    shape, dtype = ((S, S, C), np.uint8) if is_image else ((C, S, S), np.float32)
 
-    guidance = description["guidance"] if args.guidance is None else args.guidance
-    per_class = args.per_class or 10
+    def draw_array(labels: Tensor, indices: range) -> np.ndarray:
+        images = draw(labels, indices=indices).cpu()
+        return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image else images.numpy()
 
-    if args.npz or not is_image:
-        if args.trajectory or args.gif or args.compare_guidance:
-            raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
-        labels = rows.repeat_interleave(per_class)
-        if args.npz:
-            labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
-        C, S = config.in_channels, config.image_size
-        shape, dtype = ((S, S, C), np.uint8) if is_image else ((C, S, S), np.float32)
+    path = output_path(args.npz or args.output, "latents.npz")
+    write_npz(path, draw_array, labels, shape, dtype, args.batch_size, shared=args.npz is not None)
+    return path
 
-        def draw_array(labels: Tensor, indices: range) -> np.ndarray:
-            images = sample(model, diffusion, labels, indices=indices, guidance=guidance, **options).cpu()
-            return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image else images.numpy()
 
-        path = output_path(args.npz or args.output, "latents.npz")
-        write_npz(path, draw_array, labels, shape, dtype, args.batch_size)
-        return path
-
-    weights = args.compare_guidance or [guidance]
-    one_each = args.trajectory or args.compare_guidance
-    labels = rows if one_each else rows.repeat_interleave(per_class)
-    timesteps = spaced_timesteps(diffusion.T, args.steps)
-    shown = timesteps[:: math.ceil(args.steps / (9 if args.trajectory else 40))]  # of the way, in these pictures
-    parts = {t: [] for t in shown if args.trajectory or args.gif}
-    starts = range(0, len(labels), args.batch_size)
+def draw_picture(args: argparse.Namespace, draw: Callable, labels: Tensor, columns: int, timesteps: list[int]) -> Path:
+    """A grid of one image a label, or one of its relatives; its path."""
     name = (
         "trajectory.png" if args.trajectory else "denoising.gif" if args.gif
         else "guidance.png" if args.compare_guidance else "grid.png"
     )
     path = output_path(args.output, name)
-    with tqdm(total=len(weights) * len(starts) * args.steps, desc="sampling", unit="step", leave=False) as bar:
+    shown = timesteps[:: math.ceil(len(timesteps) / (9 if args.trajectory else 40))]  # of the way, if it is shown
+    noisy = {t: [] for t in shown if args.trajectory or args.gif}
+    weights = [dict(guidance=weight) for weight in args.compare_guidance or ()] or [{}]
+    parts = [slice(i, i + args.batch_size) for i in range(0, len(labels), args.batch_size)]
+    with tqdm(total=len(weights) * len(parts) * len(timesteps), desc="sampling", unit="step", leave=False) as bar:
         def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
             bar.update()
-            if t in parts:
-                parts[t].append(x_t.cpu())
+            if t in noisy:
+                noisy[t].append(x_t.cpu())
 
         images = torch.cat([
-            sample(
-                model, diffusion, labels[i : i + args.batch_size], indices=range(len(labels))[i : i + args.batch_size],
-                guidance=weight, callback=callback, **options,
-            )
+            draw(labels[part], indices=range(len(labels))[part], callback=callback, **weight).cpu()
             for weight in weights
-            for i in starts
-        ]).cpu()
-    way = [torch.cat(x_t) for x_t in parts.values()] + [images]
+            for part in parts
+        ])
+    way = [torch.cat(x_t) for x_t in noisy.values()] + [images]
 
-    columns = len(labels) if args.compare_guidance or per_class == 1 else per_class
     if args.trajectory:
         grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
     elif args.gif:
@@ -331,6 +308,32 @@ def run(args: argparse.Namespace) -> Path:
     else:
         grid(images, columns).save(path)
     return path
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Draw what the command line asks for; the path of the file. Raises UsageError, CheckpointError."""
+    device = pick_device(args.device)
+    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
+    model, diffusion, description = checkpoint.build(state, device)
+    config, classes = model.config, description["classes"]
+    args.steps = min(DEFAULT_STEPS[args.sampler], diffusion.T) if args.steps is None else args.steps
+    check(args, diffusion.T)
+    is_image = config.in_channels in (1, 3)  # or else the latent of an autoencoder, which does not stay in [-1, 1]
+    if not is_image and (args.trajectory or args.gif or args.compare_guidance):
+        raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
+    draw = partial(
+        sample, model, diffusion, seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
+        guidance=description["guidance"] if args.guidance is None else args.guidance,
+        interval=args.guidance_interval, clip=is_image,
+    )
+    per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
+    labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
+    if args.npz:
+        labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
+    if args.npz or not is_image:
+        return draw_arrays(args, draw, labels, config, is_image)
+    columns = len(labels) if per_class == 1 else per_class
+    return draw_picture(args, draw, labels, columns, spaced_timesteps(diffusion.T, args.steps))
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ import train
 from checkpoint import CheckpointError
 from dataset import IDX_FILES, DataError
 from inference import UsageError
-from train import learning_rate, parse_args
+from train import parse_args
+from trainer import Trainer, learning_rate, update_ema
 
 
 def run(*arguments: object) -> int:
@@ -64,17 +65,17 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
     arguments = ["--dataset", images, *TINY, "--steps", 200, "--save-every", 1000, "--optimizer", optimizer]
     assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
 
-    step = train.Trainer.step
+    step = Trainer.step
 
     def interrupted(self, number, *batch):
         if number == 99:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, *batch)
 
-    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     assert run(*arguments, "--run-dir", tmp_path / "parts") == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "parts")["step"] == 100
-    monkeypatch.setattr(train.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert run("--resume", tmp_path / "parts") == 0
 
     whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
@@ -158,13 +159,13 @@ def test_two_processes_stop_together(images, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(images, tmp_path, monkeypatch):
-    step = train.Trainer.step
+    step = Trainer.step
 
     def broken(self, number, *batch):
         loss, norm = step(self, number, *batch)
         return (loss * float("nan") if number == 16 else loss), norm
 
-    monkeypatch.setattr(train.Trainer, "step", broken)
+    monkeypatch.setattr(Trainer, "step", broken)
     arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run-dir", tmp_path / "run"]
     message = "loss or gradient not finite at step 17; the checkpoint of step 10 in .*run is good"
     with pytest.raises(train.TrainingError, match=message):
@@ -200,14 +201,14 @@ def test_a_checkpoint_file_stands_for_its_run(images, tmp_path):
 
 
 def test_a_signal_in_the_last_step_does_not_unfinish_the_run(images, tmp_path, monkeypatch):
-    step = train.Trainer.step
+    step = Trainer.step
 
     def interrupted(self, number, *batch):
         if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, *batch)
 
-    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     assert run("--dataset", images, *TINY, "--steps", 4, "--run-dir", tmp_path / "run") == 0
     assert (tmp_path / "run" / "weights.safetensors").exists()
 
@@ -335,7 +336,7 @@ def test_the_average_follows_fast_at_first_then_slowly():
     expected = average.weight.item()
     for step in range(50):
         torch.nn.init.constant_(model.weight, float(step))
-        train.update_ema(average, model, step, 0.8)
+        update_ema(average, model, step, 0.8)
         decay = min(0.8, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert average.weight.item() == pytest.approx(expected, rel=1e-5)
