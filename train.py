@@ -42,7 +42,7 @@ DEFAULTS = dict(
 )
 # What else depends on the device. cpu: up to 10 minutes on 2 cores.
 PRESETS = {
-    "cpu": dict(model="DiT-N/7", steps=4000, batch_size=128, lr=5e-3, precision="fp32", compile=True),
+    "cpu": dict(model="DiT-N/7", steps=3600, batch_size=128, lr=5e-3, precision="fp32", compile=True),
     "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
