@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 # Appended, and so stronger than what stands before.
 FEWER = {
-    "train.py": "--steps 2 --save-every 2 --batch-size 8 --model DiT-N/4 --no-compile --device cpu",
+    "train.py": "--steps 2 --save-every 2 --batch-size 8 --no-compile --device cpu",
     "inference.py": "--steps 3 --device cpu",
 }
 
