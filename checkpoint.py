@@ -10,12 +10,14 @@ The first two describe themselves: see `describe`.
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
@@ -38,22 +40,26 @@ def describe(
     )
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint. The one that was there stays until the new one is complete on the disk."""
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file through write(file). The one that was there stays until the new one is complete on the disk."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        torch.save(state, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint.pt."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
 def save_weights(path: Path, weights: dict, description: dict) -> None:
     """Write weights (names to tensors) as safetensors, with their description."""
-    partial = path.with_name(path.name + ".partial")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, partial, metadata={"description": json.dumps(description)})
-    os.replace(partial, path)
+    content = serialize(weights, metadata={"description": json.dumps(description)})
+    write_whole(path, lambda file: file.write(content))
 
 
 def load(path: Path, model: str | None = None) -> dict:

@@ -114,11 +114,12 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        if raw and all((raw / file).exists() for file in IDX_FILES):
+        present = raw and all((raw / file).exists() for file in IDX_FILES)
+        if present:
             check_idx_files(raw, name)
         with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr and stays
             data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
-        if raw:
+        if raw and not present:
             check_idx_files(raw, name)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, 4xx, 5xx, SSL, bad file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -182,9 +183,6 @@ class FolderPixels:
                 if image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I"):
                     self.mode = "RGB"
                     break
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
         with opened(Path(os.fsdecode(self.files[i]))) as image:

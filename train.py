@@ -304,7 +304,8 @@ def train(given: argparse.Namespace) -> int:
         group = dist.new_group(backend="gloo")
     data = load_data(args, world)
     if state and state["data"] != data.source:
-        raise UsageError(f"this run learned from {state['data']}, but here are {data.source}: give its --data-dir")
+        found = f"this run learned from {state['data']}, but here are {data.source}"
+        raise UsageError(f"{found}: give its --dataset and --data-dir")
     if args.dataset is None:
         args.dataset = data.name
     size = data.pixels[0].shape[-1]
@@ -353,7 +354,8 @@ def train(given: argparse.Namespace) -> int:
             for entry in entries:
                 if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
                     good = f"the checkpoint of step {saved_at} in {folder} is good" if saved_at else "no checkpoint yet"
-                    raise TrainingError(f"loss or gradient not finite at step {entry['step']}; {good}: lower --lr")
+                    where = f"loss or gradient not finite at step {entry['step']}; {good}"
+                    raise TrainingError(f"{where}: begin a new run with a lower --lr")
             if saving or stop:
                 saved_at = done
             if rank == 0:
