@@ -186,7 +186,8 @@ def training_loss(
     """DDPM Algorithm 1, line 5: the loss of each image, (B,), whose gradient is the training step.
 
     x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0 (lines 2 to 4). snr_gamma weights
-    by min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556).
+    by min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556). Else a prediction of x0 is
+    weighted as one of v, for its own error is small where the noise is, and says little (arXiv 2511.13720).
     A model of 2C channels is trained with the hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
     """
     C = x0.shape[1]
@@ -198,6 +199,8 @@ def training_loss(
         snr = (diffusion.tables["a"] / diffusion.tables["s"]) ** 2
         # B turns an error in `out` into one in x0_hat.
         loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["B"] ** 2)[t]
+    elif diffusion.prediction == "x0":
+        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # so it is the error of the v that x0_hat implies
     if out.shape[1] == 2 * C:
         x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # L_vlb teaches the variance alone
         log_variance = diffusion.learned_log_variance(out[:, C:], t)

@@ -256,8 +256,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for module in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)  # not 0.02: labels are heard from the start
         # Zero last, so that nothing above undoes it: every block starts as the identity, and the output as 0.
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
         for module in (*modulations, self.final_layer.linear):

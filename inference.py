@@ -115,12 +115,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row each (default: 0-9)")
     what.add_argument("--per-class", type=int, help="images of each label, 1: all in one row (default: 10)")
     what.add_argument("--count", type=int, help="images in the --npz file (default: 10000)")
-    what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
+    add_model_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which weights draw, and how; see `open_model`."""
     what = parser.add_argument_group("weights")
     what.add_argument("--checkpoint", type=Path, help="a file, or a run (default: bundled, else the newest run)")
     what.add_argument("--model", help="which model official DiT weights are of: DiT-XL/2, say")
     what = parser.add_argument_group("sampling")
+    what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
     what.add_argument("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise")
     steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
     what.add_argument("--steps", type=int, help=f"network calls on that way (default: {steps})")
@@ -132,7 +138,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--batch-size", type=int, default=250, help="images at a time; does not change them")
     what.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
-    return parser.parse_args(argv)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -182,9 +187,9 @@ def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
     return labels
 
 
-def check(args: argparse.Namespace, T: int) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises UsageError for what argparse cannot see: values out of range, or that do not go together."""
-    for flag, value in (("--per-class", args.per_class), ("--count", args.count), ("--batch-size", args.batch_size)):
+    for flag, value in (("--per-class", args.per_class), ("--count", args.count)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}: use 1 or more")
     if args.npz and (args.labels or args.output or args.per_class):
@@ -193,16 +198,41 @@ def check(args: argparse.Namespace, T: int) -> None:
         raise UsageError("--count goes with --npz: use --per-class")
     if (args.trajectory or args.compare_guidance) and args.per_class:
         raise UsageError("--trajectory and --compare-guidance draw one image a label: leave --per-class out")
+    if not all(map(math.isfinite, args.compare_guidance or ())):
+        raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
+
+
+def open_model(args: argparse.Namespace) -> tuple[Callable, Diffusion, DiTConfig, dict]:
+    """(draw, diffusion, config, description) as the flags of `add_model_flags` say; `draw` is `sample` with the model
+    and the settings filled in, which stand in args from then on. Raises UsageError, CheckpointError."""
+    device = pick_device(args.device)
+    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
+    model, diffusion, description = checkpoint.build(state, device)
+    T = diffusion.T
+    args.steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
+    args.guidance = description["guidance"] if args.guidance is None else args.guidance
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size is {args.batch_size}: use 1 or more")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed is {args.seed}: use 0 to {2**32 - 1}")
     if not 1 <= args.steps <= T:
         raise UsageError(f"--steps is {args.steps}: use 1 to {T}, the timesteps that the model knows")
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
         raise UsageError(f"--eta is {args.eta}: use 0 to 1, with --sampler ddim")
-    if not all(math.isfinite(w) for w in [args.guidance or 0, *(args.compare_guidance or [])]):
+    if not math.isfinite(args.guidance):
         raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
     if args.guidance_interval and not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] < T:
         raise UsageError(f"--guidance-interval takes LOW and HIGH, 0 <= LOW <= HIGH <= {T - 1}")
+    draw = partial(
+        sample, model, diffusion, seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
+        guidance=args.guidance, interval=args.guidance_interval, clip=is_image(model.config),
+    )
+    return draw, diffusion, model.config, description
+
+
+def is_image(config: DiTConfig) -> bool:
+    """Or else the latent of an autoencoder, which has no picture and does not stay in [-1, 1]."""
+    return config.in_channels in (1, 3)
 
 
 def output_path(path: Path | None, default: str) -> Path:
@@ -261,14 +291,14 @@ def write_npz(
         array_file.unlink()
 
 
-def draw_arrays(args: argparse.Namespace, draw: Callable, labels: Tensor, config: DiTConfig, is_image: bool) -> Path:
+def draw_arrays(args: argparse.Namespace, draw: Callable, labels: Tensor, config: DiTConfig) -> Path:
     """The .npz that --npz asks for; of latents, which have no picture, an .npz in any case. Its path."""
     C, S = config.in_channels, config.image_size
-    shape, dtype = ((S, S, C), np.uint8) if is_image else ((C, S, S), np.float32)
+    shape, dtype = ((S, S, C), np.uint8) if is_image(config) else ((C, S, S), np.float32)
 
     def draw_array(labels: Tensor, indices: range) -> np.ndarray:
         images = draw(labels, indices=indices).cpu()
-        return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image else images.numpy()
+        return to_uint8(images).permute(0, 2, 3, 1).numpy() if is_image(config) else images.numpy()
 
     path = output_path(args.npz or args.output, "latents.npz")
     write_npz(path, draw_array, labels, shape, dtype, args.batch_size, shared=args.npz is not None)
@@ -312,26 +342,17 @@ def draw_picture(args: argparse.Namespace, draw: Callable, labels: Tensor, colum
 
 def run(args: argparse.Namespace) -> Path:
     """Draw what the command line asks for; the path of the file. Raises UsageError, CheckpointError."""
-    device = pick_device(args.device)
-    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
-    model, diffusion, description = checkpoint.build(state, device)
-    config, classes = model.config, description["classes"]
-    args.steps = min(DEFAULT_STEPS[args.sampler], diffusion.T) if args.steps is None else args.steps
-    check(args, diffusion.T)
-    is_image = config.in_channels in (1, 3)  # or else the latent of an autoencoder, which does not stay in [-1, 1]
-    if not is_image and (args.trajectory or args.gif or args.compare_guidance):
+    check(args)
+    draw, diffusion, config, description = open_model(args)
+    classes = description["classes"]
+    if not is_image(config) and (args.trajectory or args.gif or args.compare_guidance):
         raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
-    draw = partial(
-        sample, model, diffusion, seed=args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
-        guidance=description["guidance"] if args.guidance is None else args.guidance,
-        interval=args.guidance_interval, clip=is_image,
-    )
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     if args.npz:
         labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
-    if args.npz or not is_image:
-        return draw_arrays(args, draw, labels, config, is_image)
+    if args.npz or not is_image(config):
+        return draw_arrays(args, draw, labels, config)
     columns = len(labels) if per_class == 1 else per_class
     return draw_picture(args, draw, labels, columns, spaced_timesteps(diffusion.T, args.steps))
 

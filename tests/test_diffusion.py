@@ -159,7 +159,20 @@ def test_loss_of_a_perfect_prediction_is_zero_and_of_none_is_the_target(schedule
     perfect = training_loss(d, lambda *_: target, x0, torch.zeros(4), t, eps)
     none = training_loss(d, lambda x, *_: torch.zeros_like(x), x0, torch.zeros(4), t, eps)
     assert perfect.tolist() == [0] * 4
-    torch.testing.assert_close(none, target.square().mean((1, 2, 3)))
+    weight = 1 / d.tables["s"][t].clamp(min=0.05) ** 2 if prediction == "x0" else 1
+    torch.testing.assert_close(none, weight * target.square().mean((1, 2, 3)))
+
+
+@every_schedule
+def test_the_loss_of_x0_is_that_of_the_v_it_implies(schedule):
+    t = torch.tensor([60, 300, 500, 998])
+    x0, eps, moved = images(), gaussian(1), 0.1 * gaussian(2)
+    v, x = Diffusion(schedule, "v"), Diffusion(schedule, "x0")
+    x_t = v.q_sample(x0, t, eps)
+    out = v.target(x0, t, eps) + moved
+    x0_hat = v.predict_x0(out, x_t, t)
+    by_v = training_loss(v, lambda *_: out, x0, t, t, eps)
+    torch.testing.assert_close(training_loss(x, lambda *_: x0_hat, x0, t, t, eps), by_v, rtol=1e-4, atol=1e-6)
 
 
 @every_schedule
@@ -184,7 +197,8 @@ def test_min_snr_weights_are_those_of_the_paper(prediction):
     x0, eps, out = images(), gaussian(1), gaussian(2)
     plain, weighted = (training_loss(d, lambda *_: out, x0, t, t, eps, g) for g in (None, gamma))
     snr = torch.tensor([d.a[i] ** 2 / d.s[i] ** 2 for i in t.tolist()])
-    expected = {"x0": snr.clamp(max=gamma), "eps": snr.clamp(max=gamma) / snr, "v": snr.clamp(max=gamma) / (snr + 1)}
+    x0_weight = 1 / d.tables["s"][t].clamp(min=0.05) ** 2  # without min-SNR, that of v
+    expected = {"x0": snr.clamp(max=gamma) / x0_weight, "eps": snr.clamp(max=gamma) / snr, "v": snr.clamp(max=gamma) / (snr + 1)}
     torch.testing.assert_close(weighted / plain, expected[prediction], rtol=1e-4, atol=1e-7)
 
 

@@ -1,0 +1,184 @@
+"""Measure speed: the machine's matrix products, training, and sampling.
+
+    python benchmark.py                                      tables in Markdown, some minutes
+    python benchmark.py --models DiT-N/7 DiT-S/2
+
+Training is told in images a second, and as the share of the machine's peak: the floating-point operations of the
+network, forward and back, over what plain matrix products reach in the same process. Whatever else a step does
+(optimizer, average, noise) takes time and counts for nothing. All figures are medians of rounds, with their range.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import checkpoint
+import inference
+import train
+from diffusion import Diffusion, training_loss
+from dit import MODELS, DiT, DiTConfig
+from trainer import Trainer
+
+# model, optimizer, batch on a CPU
+CASES = [
+    ("DiT-N/7", "muon", 128), ("DiT-N/7", "adamw", 128), ("DiT-N/7", "adamw", 256), ("DiT-N/4", "adamw", 128),
+    ("DiT-N/2", "adamw", 32), ("DiT-T/7", "adamw", 128), ("DiT-T/4", "adamw", 64), ("DiT-S/4", "adamw", 32),
+]
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds(work: Callable, device: torch.device, at_least: float = 1.0) -> float:
+    """Of one call of work(), from as many as take `at_least` seconds."""
+    wait(device)
+    begin, calls = time.perf_counter(), 0
+    while time.perf_counter() - begin < at_least:
+        work()
+        calls += 1
+        wait(device)
+    return (time.perf_counter() - begin) / calls
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a plain product of two square matrices."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / seconds(lambda: a @ b, device, 0.5)
+
+
+def flops(config: DiTConfig) -> int:
+    """Of one image through the network, forward and back."""
+    shape = (1, config.in_channels, config.image_size, config.image_size)
+    one = torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        DiT(config)(torch.zeros(shape), one, one).sum().backward()
+    return counter.get_total_flops()
+
+
+def plain_step(config: DiTConfig, batch: int, device: torch.device) -> Callable:
+    """A training step as DiT's authors wrote theirs: eager, AdamW, learned variance, the average by a loop."""
+    config = DiTConfig(**{**vars(config), "learn_sigma": True})
+    model = DiT(config).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    diffusion = Diffusion("linear", "eps", device=device)
+
+    def step(x0: Tensor, y: Tensor) -> None:
+        t = torch.randint(diffusion.T, (batch,), device=device)
+        y = torch.where(torch.rand(batch, device=device) < 0.1, config.num_classes, y)
+        loss = training_loss(diffusion, model, x0, y, t, torch.randn_like(x0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mean, p in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(0.9999).add_(p, alpha=1 - 0.9999)
+
+    return step
+
+
+def show(values: list[float], form: str = ",.0f") -> str:
+    """The median, and the range of the rounds."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def train_row(model: str, optimizer: str, batch: int, device: torch.device, rounds: int) -> str:
+    """One line of the table of training: ours, and the plain step of the same network, in turn."""
+    given = train.parse_args(["--model", model, "--optimizer", optimizer, "--batch-size", str(batch)])
+    args = train.settle(given, device, None)
+    config = DiTConfig(**MODELS[model])
+    trainer = Trainer(config, args, device, 0, 1)
+    x0, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
+    plain = plain_step(config, batch, device)
+    for warm_up in range(3):
+        trainer.step(warm_up, x0, y)
+        plain(x0, y)
+    work, share, img_s, factor = flops(config), [], [], []
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    for _ in range(rounds):
+        peak = matmul_peak(device, dtype)
+        ours, theirs = seconds(lambda: trainer.step(0, x0, y), device), seconds(lambda: plain(x0, y), device)
+        img_s.append(batch / ours)
+        share.append(100 * work * batch / ours / peak)
+        factor.append(theirs / ours)
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    tokens = (config.image_size // config.patch_size) ** 2
+    return (
+        f"| {model} | {tokens} | {config.hidden_size} x {config.depth} | {parameters:.1f} | {optimizer}, {batch} "
+        f"| {show(img_s)} | {show(share)}% | {show(factor, '.2f')} |"
+    )
+
+
+def sample_row(sampler: str, state: dict, device: torch.device, rounds: int) -> str:
+    """One line of the table of sampling, with the guidance of the weights."""
+    model, diffusion, description = checkpoint.build(state, device)
+    steps = inference.DEFAULT_STEPS[sampler]
+    times = {n: [] for n in (1, 100)}
+    draw = partial(inference.sample, model, diffusion, sampler=sampler, guidance=description["guidance"])
+    for n, results in times.items():
+        labels = torch.arange(n) % 10
+        draw(labels, steps=2)
+        results += [seconds(lambda labels=labels: draw(labels, steps=steps), device, 0.3) for _ in range(rounds)]
+    rate = 100 / statistics.median(times[100])
+    return f"| {sampler}, {steps} | {show(times[1], '.3f')} | {show(times[100], '.2f')} | {rate:,.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the speed of training and sampling on this machine.")
+    known = dict(choices=MODELS, metavar="NAME")
+    parser.add_argument("--models", nargs="+", **known, help="of which to train (default: a choice of sizes)")
+    parser.add_argument("--checkpoint", help="what to sample from (default: bundled, else the newest run)")
+    parser.add_argument("--rounds", type=train.number(int, 1), default=5, help="of each measurement (default: 5)")
+    parser.add_argument("--device", choices=list(train.PRESETS), help="(default: the best there is)")
+    args = parser.parse_args()
+    try:
+        device = inference.pick_device(args.device)
+        state = checkpoint.load(args.checkpoint or inference.find_checkpoint())
+    except (inference.UsageError, checkpoint.CheckpointError) as error:
+        sys.exit(inference.fail(error))
+    cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
+    cases += [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
+    if device.type != "cpu":
+        cases = [(model, optimizer, 16 * batch) for model, optimizer, batch in cases]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peaks = [matmul_peak(device, torch.float32) / 1e9 for _ in range(args.rounds)]
+    print(f"{name}, PyTorch {torch.__version__}: plain fp32 matrix product {show(peaks)} GFLOP/s\n")
+    print("| network | tokens | width x depth | M parameters | optimizer, batch | training, images a second "
+          "| share of the peak | times the plain step |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    bar = tqdm(total=len(cases) + len(inference.DEFAULT_STEPS), unit="row", leave=False, dynamic_ncols=True)
+    for case in cases:
+        tqdm.write(train_row(*case, device, args.rounds), sys.stdout)
+        sys.stdout.flush()
+        bar.update()
+    tqdm.write("\n| sampler, steps | one digit, s | 100 digits, s | digits a second |\n|---|---|---|---|", sys.stdout)
+    for sampler in inference.DEFAULT_STEPS:
+        tqdm.write(sample_row(sampler, state, device, min(args.rounds, 3)), sys.stdout)
+        sys.stdout.flush()
+        bar.update()
+    bar.close()
+    if device.type == "cuda":
+        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+    elif sys.platform != "win32":
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+        print(f"\npeak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

