@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the speed of training and sampling on this machine.")
     known = dict(choices=MODELS, metavar="NAME")
     parser.add_argument("--models", nargs="+", **known, help="of which to train (default: a choice of sizes)")
-    parser.add_argument("--checkpoint", help="what to sample from (default: bundled, else the newest run)")
+    parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
     parser.add_argument("--rounds", type=train.number(int, 1), default=5, help="of each measurement (default: 5)")
     parser.add_argument("--device", choices=list(train.PRESETS), help="(default: the best there is)")
     args = parser.parse_args()

@@ -55,7 +55,8 @@ def neighbourhoods(points: Tensor, k: int = 3) -> Tensor:
 
 def share_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
     """The share of points (N, D) that are within the radius (M,) of one of the others (M, D)."""
-    return float(torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]).double().mean())
+    within = torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)])
+    return within.double().mean().item()
 
 
 def interval(statistic: Callable[[Tensor], float], n: int, draws: int = 100) -> tuple[float, float, float]:

@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which weights draw, and how; see `open_model`."""
     what = parser.add_argument_group("weights")
-    what.add_argument("--checkpoint", type=Path, help="a file, or a run (default: bundled, else the newest run)")
+    what.add_argument("--checkpoint", type=Path, help="a file, or a run (default: the newest run, else bundled)")
     what.add_argument("--model", help="which model official DiT weights are of: DiT-XL/2, say")
     what = parser.add_argument_group("sampling")
     what.add_argument("--seed", type=int, default=0, help="the same seed draws the same images; 0 to 2^32 - 1")
@@ -157,13 +157,12 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def find_checkpoint() -> Path:
-    """The bundled weights, else the newest run. Raises UsageError where there is neither."""
-    if BUNDLED_WEIGHTS.is_file():
-        return BUNDLED_WEIGHTS
+    """The newest run, else the bundled weights. Raises UsageError where there is neither."""
     runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    path = runs[-1] if runs else BUNDLED_WEIGHTS
+    if not path.is_file():
         raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")
-    return runs[-1]
+    return path
 
 
 def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:

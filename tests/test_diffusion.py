@@ -198,7 +198,7 @@ def test_min_snr_weights_are_those_of_the_paper(prediction):
     plain, weighted = (training_loss(d, lambda *_: out, x0, t, t, eps, g) for g in (None, gamma))
     snr = torch.tensor([d.a[i] ** 2 / d.s[i] ** 2 for i in t.tolist()])
     x0_weight = 1 / d.tables["s"][t].clamp(min=0.05) ** 2  # without min-SNR, that of v
-    expected = {"x0": snr.clamp(max=gamma) / x0_weight, "eps": snr.clamp(max=gamma) / snr, "v": snr.clamp(max=gamma) / (snr + 1)}
+    expected = {k: snr.clamp(max=gamma) / w for k, w in {"x0": x0_weight, "eps": snr, "v": snr + 1}.items()}
     torch.testing.assert_close(weighted / plain, expected[prediction], rtol=1e-4, atol=1e-7)
 
 

@@ -82,13 +82,13 @@ def test_missing_digits_cost_recall_and_noise_costs_precision(judges, digits):
     assert "accuracy" not in whole
     assert few["recall"]["generated"] < 0.7 * whole["recall"]["generated"]
     assert few["precision"]["generated"] > 0.7
-    assert noisy["precision"]["generated"] == 0
+    assert noisy["precision"]["generated"] < 0.05
     assert min(few["rho, classifier"]["generated"], noisy["rho, classifier"]["generated"]) > 20
 
 
-def test_the_random_features_see_faint_noise_that_the_classifier_forgives(judges, digits):
-    noise = torch.randint(0, 10, digits.pixels.shape, generator=torch.Generator().manual_seed(0))
-    table = evaluate.measure((digits.pixels + noise).clamp(max=255).byte(), digits.labels, judges)
+def test_the_random_features_see_what_the_classifier_forgives(judges, digits):
+    dim = (digits.pixels.float() * 0.85).byte()
+    table = evaluate.measure(dim, digits.labels, judges)
     assert table["accuracy"]["generated"] > 0.99
     assert table["rho, random"]["generated"] > 5
 
