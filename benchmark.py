@@ -130,7 +130,7 @@ def sample_row(sampler: str, state: dict, device: torch.device, rounds: int) -> 
     times = {n: [] for n in (1, 100)}
     draw = partial(inference.sample, model, diffusion, sampler=sampler, guidance=description["guidance"])
     for n, results in times.items():
-        labels = torch.arange(n) % 10
+        labels = torch.arange(n) % max(model.config.num_classes, 1)
         draw(labels, steps=2)
         results += [seconds(lambda labels=labels: draw(labels, steps=steps), device, 0.3) for _ in range(rounds)]
     rate = 100 / statistics.median(times[100])

@@ -1,6 +1,6 @@
 """Measure generated digits: how many are what their label says, and how far their distribution is from real ones.
 
-    python evaluate.py                                       the bundled weights, 10,000 images
+    python evaluate.py                                       the newest run or the bundled weights, 10,000 images
     python evaluate.py --checkpoint runs/mnist-1 --count 5000
     python evaluate.py --npz samples.npz                     images of any other model
     python evaluate.py --sweep steps                         quality against cost, as a picture and a table
@@ -8,10 +8,11 @@
 
 Features come from judge.py, whose files hold those of real images too: no network and no MNIST needed. In a space of
 features the Fréchet distance (FD) is that between two Gaussians (arXiv 1706.08500). It grows where images are few, so
-it is told as rho: the samples' FD to the test images over that of as many random training images, on average. Samples
-have the labels of the test set, which random images do not quite: real images with those labels, beside them in the
-table, are a little below 1. (The usual Inception features are of colour photographs and say little of grey digits.)
-Precision is the share of samples that lie among real images, recall that of real images among samples (1904.06991).
+it is told as rho: the samples' FD to the test images over that of as many real training images with the same labels, so
+that 1 is real. Random training images, whose labels are not quite those of the test set, are farther away: rho to them
+is told too, and is smaller. (The usual Inception features are of colour photographs and say little of grey digits.)
+Precision is the share of samples that lie among real images (arXiv 1904.06991), recall that of real images that lie
+among samples, which also grows with their number. Compare numbers of equal counts.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import json
 import math
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import dataset
 import judge
-from diffusion import Diffusion
+from diffusion import Diffusion, spaced_timesteps
 from inference import UsageError, add_model_flags, fail, grid, open_model, output_path, seeded, to_uint8
 
 LEAST, MOST = 20, 10_000  # images that are compared; there are 10,000 real ones to compare with
@@ -59,16 +59,25 @@ def share_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
     return within.double().mean().item()
 
 
-def interval(statistic: Callable[[Tensor], float], n: int, draws: int = 100) -> tuple[float, float, float]:
-    """statistic(indices of all n images), and its 95% interval over the choice of the n images, by the bootstrap.
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share that was counted in n cases (Wilson's)."""
+    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int = 100) -> tuple[float, float]:
+    """The 95% interval of statistic(indices) over the choice of the images, (N,) labels being what they are.
 
     The spread of the resampled values is laid around the estimate: a resample, with its duplicates, has a larger FD.
     """
-    generator = seeded(0, n)
-    values = np.array([statistic(torch.randint(n, (n,), generator=generator)) for _ in range(draws)])
-    low, high = np.quantile(values - values.mean(), [0.025, 0.975])
-    estimate = statistic(torch.arange(n))
-    return estimate, float(estimate + low), float(estimate + high)
+    generator, values = seeded(0, len(labels)), []
+    groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    for _ in range(draws):
+        resampled = [group[torch.randint(len(group), (len(group),), generator=generator)] for group in groups]
+        values.append(statistic(torch.cat(resampled)))
+    low, high = np.quantile(values, [0.025, 0.975]) - np.mean(values)
+    estimate = statistic(torch.arange(len(labels)))
+    return max(0.0, float(estimate + low)), float(estimate + high)
 
 
 def alike(labels: Tensor, real: Tensor) -> Tensor:
@@ -84,32 +93,39 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     """The numbers of generated images (N, 1, 28, 28), uint8, N at most 10,000, meant to show labels (N,).
 
     against: test or held_out, the real images to compare with. For each number, beside that of the samples
-    ("generated"), the one of as many real images with the same labels ("real"), which are of the other kind.
+    ("generated"), the one of real images ("real"): for accuracy those of `against`, else as many of the other kind,
+    with the same labels.
     """
     classifier, random, reference = judges
     n, other = len(images), "held_out" if against == "test" else "test"
-    wanted = labels_as_in(reference["labels.test"], n) if labels is None else labels
+    wanted = labels_as_in(reference[f"labels.{against}"], n) if labels is None else labels
     yardstick = alike(wanted, reference[f"labels.{other}"])
     generated = dict(classifier=judge.features(classifier, images), random=judge.features(random, images))
     table = {}
     if labels is not None:
         for who, f, y in (
-            ("real", reference[f"classifier.{against}"], reference[f"labels.{against}"]),
             ("generated", generated["classifier"], labels),
+            ("real", reference[f"classifier.{against}"], reference[f"labels.{against}"]),
         ):
             right = (classifier.head(f).argmax(1) == y).double()
             by_class = [right[y == d].mean().item() if (y == d).any() else None for d in range(10)]
             table.setdefault("accuracy", {})[who] = right.mean().item()
             table.setdefault("accuracy by digit", {})[who] = by_class
-        table["accuracy"]["interval"] = interval(lambda i: right[i].mean().item(), n)[1:]
+        table["accuracy"]["interval"] = wilson(table["accuracy"]["generated"], n)
     for space, f in generated.items():
-        target = reference[f"{space}.{against}"].double()
-        f, real = f.double(), reference[f"{space}.{other}"][yardstick].double()
-        floor = float(np.exp(np.interp(math.log(n), np.log(judge.COUNTS), reference[f"{space}.floor"].log())))
-        fd, low, high = interval(lambda i, f=f, target=target: judge.frechet_distance(f[i], target), n)
-        row = dict(generated=fd, interval=(low, high), real=judge.frechet_distance(real, target))
-        table[f"FD, {space}"] = row
-        table[f"rho, {space}"] = {who: (np.array(value) / floor).tolist() for who, value in row.items()}
+        target, f = reference[f"{space}.{against}"].double(), f.double()
+        groups = torch.zeros(n) if labels is None else labels
+        table[f"FD, {space}"] = dict(
+            generated=judge.frechet_distance(f, target),
+            interval=bootstrap(lambda i, f=f, target=target: judge.frechet_distance(f[i], target), groups),
+            real=judge.frechet_distance(reference[f"{space}.{other}"][yardstick], target),
+        )
+        floors = {f"rho, {space}": table[f"FD, {space}"]["real"]}
+        if against == "test":
+            floor = np.interp(math.log(n), np.log(judge.COUNTS), reference[f"{space}.floor"].log())
+            floors[f"rho to random images, {space}"] = float(np.exp(floor))
+        for name, floor in floors.items():
+            table[name] = {who: (np.array(value) / floor).tolist() for who, value in table[f"FD, {space}"].items()}
     target, real = reference[f"classifier.{against}"], reference[f"classifier.{other}"][yardstick]
     radius, table["precision"], table["recall"] = neighbourhoods(target), {}, {}
     for who, f in (("generated", generated["classifier"]), ("real", real)):
@@ -142,7 +158,8 @@ def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> 
     Draws the ten samples that come closest to that, each above its training image.
     """
     table = {"distance to the nearest training image, median": {}, "near-duplicates": {}}
-    for who, x in (("real", test[: len(images)]), ("generated", images)):
+    some = torch.randperm(len(test), generator=seeded(0, 3))[: len(images)]
+    for who, x in (("real", test[some]), ("generated", images)):
         distance, index, usual = nearest(x, train)
         table["distance to the nearest training image, median"][who] = distance.median().item()
         table["near-duplicates"][who] = int((distance < 0.5 * usual).sum())
@@ -172,7 +189,7 @@ def bits_per_dimension(model: Callable, diffusion: Diffusion, images: Tensor, la
     a, s = diffusion.a[-2], diffusion.s[-2]
     second_moment = dataset.to_float(images).square().mean().item()
     prior = 0.5 * (a**2 * second_moment + s**2 - 1 - 2 * math.log(s)) / math.log(2)
-    return {"bits per dimension, at most": dict(generated=total + prior)}
+    return {"bits per dimension of real test images, at most": dict(generated=total + prior)}
 
 
 def train_on_samples(images: Tensor, labels: Tensor, train: dataset.Images, test: dataset.Images) -> dict:
@@ -214,21 +231,21 @@ def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
     """(images (N, 1, 28, 28), uint8, labels (N,) or None). Raises UsageError."""
     try:
         with np.load(path) as file:
-            images, labels = file["arr_0"], file.get("labels")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read {path} ({error}): give an .npz as inference.py --npz writes it") from error
-    n, shape = len(images), images.shape[1:]
+            images, labels = np.asarray(file["arr_0"]), file.get("labels")
+        n, shape = images.shape[0], images.shape[1:]
+    except Exception as error:  # a broken file can provoke any
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(f"cannot read {path} ({reason}): give an .npz as inference.py --npz writes it") from error
     if images.dtype != np.uint8 or shape not in ((28, 28, 1), (28, 28)):
         raise UsageError(f"arr_0 of {path} is {images.dtype} {images.shape}: give uint8 images (N, 28, 28, 1)")
     if labels is not None and (labels.shape != (n,) or not np.isin(labels, range(10)).all()):
         raise UsageError(f"the labels of {path} are not {n} digits 0 to 9: leave them out, or mend them")
     if n < (count or LEAST):
-        raise UsageError(f"{path} holds {n} images: lower --count, or give more")
-    some = slice(count or MOST)
-    if n > (count or MOST):  # evenly through the file, which may be sorted by class
-        some = np.linspace(0, n - 1, count or MOST).round().astype(int)
+        raise UsageError(f"{path} holds {n} images: give {count or LEAST} or more" + ", or lower --count" * bool(count))
+    labels = None if labels is None else labels.astype(np.int64)
+    some = torch.randperm(n, generator=seeded(0, n))[: count or MOST].numpy()  # whatever the order in the file
     images = torch.from_numpy(images[some]).view(-1, 1, 28, 28)
-    return images, None if labels is None else torch.from_numpy(labels[some]).long()
+    return images, None if labels is None else torch.from_numpy(labels[some])
 
 
 def generate(
@@ -260,31 +277,32 @@ def rows_of(table: dict) -> list[str]:
     return lines
 
 
-def sweep(args: argparse.Namespace, draw: Callable, labels: Tensor, judges: tuple, path: Path) -> list[dict]:
-    """Measure once for each setting of SWEEPS; print a table, draw a picture beside `path`, return the numbers."""
+def sweep(args: argparse.Namespace, draw: Callable, labels: Tensor, judges: tuple, keep: Callable) -> list[dict]:
+    """Measure once for each setting of SWEEPS, print a table; keep(results) is called after each of its rows."""
     results = []
     flag, values = SWEEPS[args.sweep]
     print(f"| {flag} | calls of the network | seconds for {len(labels):,} | accuracy | rho, classifier | rho, random |")
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|", flush=True)
     for value in values:
-        sampler, steps = value if args.sweep == "sampler" else (args.sampler, args.steps)
-        options = dict(sampler=sampler, steps=value if args.sweep == "steps" else steps, guidance=args.guidance)
-        options["guidance"] = value if args.sweep == "guidance" else args.guidance
-        name = f"{sampler} {steps}" if args.sweep == "sampler" else f"{value:g}"
+        options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance)
+        sampler = args.sweep == "sampler"
+        options |= dict(sampler=value[0], steps=value[1]) if sampler else {args.sweep: value}
+        name = f"{value[0]} {value[1]}" if sampler else f"{value:g}"
         images, seconds = generate(draw, labels, args.batch_size, f"{args.sweep} {name}", **options)
-        table = measure(images, labels, judges, args.against.replace("-", "_"))
-        calls = options["steps"] * (1 if options["guidance"] in (0, 1) else 2)
+        table = measure(images, labels, judges, args.against)
+        low, high = args.guidance_interval or (0, math.inf)
+        timesteps = spaced_timesteps(draw.args[1].T, options["steps"])
+        calls = sum(2 if low <= t <= high and options["guidance"] not in (0, 1) else 1 for t in timesteps)
         results.append(dict(name=name, **options, calls=calls, seconds=seconds, numbers=table))
+        keep(results)
         rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
         accuracy = table["accuracy"]["generated"]
-        tqdm.write(f"| {name} | {calls} | {seconds:.1f} | {accuracy:.2%} | {rho[0]:.2f} | {rho[1]:.2f} |", sys.stdout)
-    draw_sweep(args.sweep, results, path.with_suffix(".png"))
-    print(path.with_suffix(".png"))
+        print(f"| {name} | {calls} | {seconds:.1f} | {accuracy:.2%} | {rho[0]:.2f} | {rho[1]:.2f} |", flush=True)
     return results
 
 
 def draw_sweep(what: str, results: list[dict], path: Path) -> None:
-    """Two panels: rho and accuracy against the cost, or against the weight of guidance, which costs nothing."""
+    """Two panels, rho and accuracy: against the cost, or against the weight of guidance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -314,53 +332,66 @@ def run(args: argparse.Namespace) -> Path:
     Raises UsageError, CheckpointError, DataError.
     """
     if args.count is not None and not LEAST <= args.count <= MOST:
-        raise UsageError(f"--count is {args.count}: use {LEAST} to {MOST}, which is how many real images there are")
+        raise UsageError(f"--count is {args.count}: use {LEAST} to {MOST}, which is how many real ones there are")
     if args.npz and (args.sweep or args.checkpoint or "bits" in args.also):
         raise UsageError("--npz is images of any model: leave --checkpoint, --sweep and --also bits out")
     if args.sweep and args.also:
         raise UsageError("--sweep and --also are two measurements: leave one out")
     path = output_path(args.output, f"sweep-{args.sweep}.json" if args.sweep else "evaluation.json")
+    picture = path.with_suffix(".png")
+    if picture.exists():
+        raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
+    args.against = args.against.replace("-", "_")
     judges = judge.load()
     if args.also:
         train, test = (dataset.load("mnist", args.data_dir, train=which, download=False) for which in (True, False))
     result = dict(count=args.count or MOST, against=args.against)
+
+    def keep(**more: object) -> None:
+        result.update(more)
+        checkpoint.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+
     if args.npz:
         images, labels = read_npz(args.npz, args.count)
+        if labels is None and "train-on-samples" in args.also:
+            raise UsageError(f"{args.npz} has no labels to train on: add them, or leave --also train-on-samples out")
         result |= dict(images=str(args.npz), count=len(images))
+        how = str(args.npz)
     else:
         draw, diffusion, config, description = open_model(args)
         digits = description["classes"] == list(dataset.DATASETS["mnist"][1])
         if not digits or (config.in_channels, config.image_size) != (1, 28):
             learned = f"this model learned from {description['data']}"
             raise UsageError(f"the judge knows digits of 28 x 28 alone, and {learned}: give a checkpoint of MNIST")
-        labels = labels_as_in(judges[2]["labels.test"], args.count or MOST)
+        labels = labels_as_in(judges[2][f"labels.{args.against}"], args.count or MOST)
         settings = ("sampler", "steps", "eta", "guidance", "guidance_interval", "seed")
         result |= {name: getattr(args, name) for name in settings}
         result |= {name: description[name] for name in ("config", "diffusion", "data", "step")}
-        if args.sweep:
-            result["sweep"] = sweep(args, draw, labels, judges, path)
-        else:
-            images, result["seconds"] = generate(draw, labels, args.batch_size)
-    if not args.sweep:
-        table = measure(images, labels, judges, args.against.replace("-", "_"))
+        how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
+    if args.sweep:
+        values = SWEEPS[args.sweep][1]
+        most = max(value[1] for value in values) if args.sweep == "sampler" else max(values)
+        if args.sweep != "guidance" and most > diffusion.T:
+            raise UsageError(f"this sweep goes to {most} steps, the model knows {diffusion.T}: use --sweep guidance")
+        results = sweep(args, draw, labels, judges, lambda results: keep(sweep=results))
+        draw_sweep(args.sweep, results, picture)
+    else:
+        if not args.npz:
+            images, seconds = generate(draw, labels, args.batch_size)
+            how += f"; sampled in {seconds:.1f} s"
+            result["seconds"] = seconds
+        table = measure(images, labels, judges, args.against)
         if "memorization" in args.also:
-            picture = output_path(None, "closest.png")
             table |= memorization(images, train.pixels, test.pixels, picture)
         if "bits" in args.also:
             table |= bits_per_dimension(draw.args[0], diffusion, test.pixels, test.labels)
         if "train-on-samples" in args.also:
-            if labels is None:
-                raise UsageError("--also train-on-samples needs labels in the .npz: add them, or leave it out")
             table |= train_on_samples(images, labels, train, test)
-        result["numbers"] = table
-        print(f"{result['count']:,} images against the {args.against} images" + (
-            f"; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}; "
-            f"sampled in {result['seconds']:.1f} s" if not args.npz else ""
-        ))
+        keep(numbers=table)
+        print(f"{len(images):,} images against the {args.against.replace('_', '-')} images; {how}")
         print(*rows_of(table), sep="\n")
-        if "memorization" in args.also:
-            print(picture)
-    checkpoint.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    if picture.exists():
+        print(picture)
     return path
 
 
@@ -371,6 +402,8 @@ def main() -> None:
         sys.exit(fail(error))
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(fail(error, status=1))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("the GPU's memory is too small: lower --batch-size", status=1))
     except KeyboardInterrupt:
         sys.exit(130)
 

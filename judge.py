@@ -106,7 +106,7 @@ def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128,
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     indices = dataset.index_batches(len(labels), batch_size, seed, 0)
-    for _, index in zip(tqdm(range(steps), desc="classifier", unit="step", dynamic_ncols=True), indices):  # noqa: B905
+    for _, index in zip(tqdm(range(steps), desc="classifier", unit="step", leave=False, dynamic_ncols=True), indices):  # noqa: B905
         x = jitter(dataset.to_float(pixels[index]), generator).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()
@@ -120,16 +120,18 @@ def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
     """The classifier, the random network, and what they make of real images:
 
     classifier.test, classifier.held_out, random.test, random.held_out, each (10,000, 64), labels.test and
-    labels.held_out (10,000,), and classifier.floor and random.floor (5,): the distance to the test images that COUNTS
-    random training images have on average. Raises UsageError.
+    labels.held_out (10,000,), and classifier.floor and random.floor (5,): the Fréchet distance to the test images that
+    COUNTS random training images have on average. Raises UsageError.
     """
-    for path in (CLASSIFIER, REFERENCE):
-        if not path.is_file():
-            raise UsageError(f"no {path}: make it with python judge.py")
-    classifier = Classifier()
-    classifier.load_state_dict(load_file(CLASSIFIER))
-    reference = {name: tensor.float() for name, tensor in load_file(REFERENCE).items()}
-    return classifier.eval(), RandomFeatures(), reference
+    classifier, random = Classifier(), RandomFeatures()
+    try:
+        classifier.load_state_dict(load_file(CLASSIFIER))
+        reference = {name: tensor.float() for name, tensor in load_file(REFERENCE).items()}
+        filters = {name: reference.pop(f"filters.{name}") for name in random.state_dict()}
+    except Exception as error:  # missing, cut short, or of another version of this file
+        raise UsageError(f"cannot read {CLASSIFIER} and {REFERENCE}: make them anew with python judge.py") from error
+    random.load_state_dict(filters)
+    return classifier.eval(), random, reference
 
 
 def expected_distance(f: Tensor, target: Tensor, n: int, draws: int = 20) -> float:
@@ -150,23 +152,22 @@ def main() -> None:
         sys.exit(fail(error))
     order = torch.randperm(len(train.labels), generator=seeded(0, 0))
     held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
-    shuffled = torch.randperm(len(test.labels), generator=seeded(0, 1))  # so that any first n are a fair sample
-    classifier = fit(train.pixels[rest], train.labels[rest])
-    weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
-    checkpoint.write_whole(CLASSIFIER, lambda file: file.write(save(weights)))
-
-    reference = {}
-    for name, real, index in (("test", test, shuffled), ("held_out", train, held_out)):
-        pixels, labels = real.pixels[index], real.labels[index]
+    classifier, random = fit(train.pixels[rest], train.labels[rest]), RandomFeatures()
+    reference = {f"filters.{name}": filters for name, filters in random.state_dict().items()}
+    for name, pixels, labels in (
+        ("test", test.pixels, test.labels), ("held_out", train.pixels[held_out], train.labels[held_out])
+    ):
         reference[f"classifier.{name}"] = features(classifier, pixels).half()
-        reference[f"random.{name}"] = features(RandomFeatures(), pixels).half()
+        reference[f"random.{name}"] = features(random, pixels).half()
         reference[f"labels.{name}"] = labels.byte()
         logits = classifier.head(reference[f"classifier.{name}"].float())
         print(f"{name}: accuracy {(logits.argmax(1) == labels).double().mean():.2%} of {len(labels):,} images")
-    for name, network in (("classifier", classifier), ("random", RandomFeatures())):
+    for name, network in (("classifier", classifier), ("random", random)):
         every, target = features(network, train.pixels), reference[f"{name}.test"].float()
         reference[f"{name}.floor"] = torch.tensor([expected_distance(every, target, n) for n in COUNTS])
-    checkpoint.write_whole(REFERENCE, lambda file: file.write(save(reference)))
+    weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
+    for path, tensors in ((CLASSIFIER, weights), (REFERENCE, reference)):
+        checkpoint.write_whole(path, lambda file, tensors=tensors: file.write(save(tensors)))
 
 
 if __name__ == "__main__":

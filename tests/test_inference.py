@@ -182,16 +182,16 @@ def test_without_weights_it_says_how_to_get_some(draw, monkeypatch, tmp_path):
         draw(weights="nowhere.pt")
 
 
-def test_bare_it_takes_the_bundled_weights_then_the_newest_run(draw, monkeypatch, tmp_path, tiny_run):
+def test_bare_it_takes_the_newest_run_then_the_bundled_weights(draw, monkeypatch, tmp_path, tiny_run):
     monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "bundled.safetensors")
+    (tmp_path / "bundled.safetensors").write_bytes((tiny_run / "weights.safetensors").read_bytes())
+    assert inference.find_checkpoint().name == "bundled.safetensors"
+    assert draw("--per-class", 2, weights=None).exists()
     for name in ("old", "new"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
     os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
     assert inference.find_checkpoint().parent.name == "new"
-    (tmp_path / "bundled.safetensors").write_bytes((tiny_run / "weights.safetensors").read_bytes())
-    assert inference.find_checkpoint().name == "bundled.safetensors"
-    assert draw("--per-class", 2, weights=None).exists()
 
 
 def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
