@@ -24,9 +24,9 @@ from tqdm import tqdm
 import checkpoint
 import inference
 import train
-from diffusion import Diffusion, training_loss
+from diffusion import SAMPLERS, Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
-from trainer import Trainer
+from trainer import Trainer, make_deterministic
 
 # model, optimizer, batch on a CPU
 CASES = [
@@ -46,8 +46,9 @@ def seconds(work: Callable, device: torch.device, at_least: float = 1.0) -> floa
     wait(device)
     begin, calls = time.perf_counter(), 0
     while time.perf_counter() - begin < at_least:
-        work()
-        calls += 1
+        for _ in range(1 if device.type == "cpu" else train.LOG_EVERY):  # train.py waits for a GPU that often
+            work()
+            calls += 1
         wait(device)
     return (time.perf_counter() - begin) / calls
 
@@ -126,7 +127,7 @@ def train_row(model: str, optimizer: str, batch: int, device: torch.device, roun
 def sample_row(sampler: str, state: dict, device: torch.device, rounds: int) -> str:
     """One line of the table of sampling, with the guidance of the weights."""
     model, diffusion, description = checkpoint.build(state, device)
-    steps = inference.DEFAULT_STEPS[sampler]
+    steps = min(inference.DEFAULT_STEPS[sampler], diffusion.T)
     times = {n: [] for n in (1, 100)}
     draw = partial(inference.sample, model, diffusion, sampler=sampler, guidance=description["guidance"])
     for n, results in times.items():
@@ -137,6 +138,44 @@ def sample_row(sampler: str, state: dict, device: torch.device, rounds: int) -> 
     return f"| {sampler}, {steps} | {show(times[1], '.3f')} | {show(times[100], '.2f')} | {rate:,.0f} |"
 
 
+def run(args: argparse.Namespace) -> None:
+    """Print the tables. Raises UsageError, CheckpointError."""
+    device = inference.pick_device(args.device)
+    make_deterministic(device)
+    state = checkpoint.load(args.checkpoint or inference.find_checkpoint())
+    cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
+    cases = cases + [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
+    if device.type != "cpu":
+        cases = [(model, optimizer, 16 * batch) for model, optimizer, batch in cases]
+    kind = {"cuda": "TF32", "mps": "fp32", "cpu": "fp32"}[device.type]
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    peaks = [matmul_peak(device, torch.float32) / 1e9 for _ in range(args.rounds)]
+    print(f"{name}, PyTorch {torch.__version__}: plain {kind} matrix product {show(peaks)} GFLOP/s\n")
+    print("| network | tokens | width x depth | M parameters | optimizer, batch | training, images a second "
+          "| share of the peak | times the plain step |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    with tqdm(total=len(cases) + len(SAMPLERS), unit="row", leave=False, dynamic_ncols=True) as bar:
+        for case in cases:
+            tqdm.write(train_row(*case, device, args.rounds), sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+        tqdm.write("\n| sampler, steps | one digit, s | 100 digits, s | digits a second |", sys.stdout)
+        tqdm.write("|---|---|---|---|", sys.stdout)
+        for sampler in SAMPLERS:
+            tqdm.write(sample_row(sampler, state, device, min(args.rounds, 3)), sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+    if device.type == "cuda":
+        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+    elif sys.platform != "win32":
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        print(f"\npeak memory of the process {peak:,.0f} MiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the speed of training and sampling on this machine.")
     known = dict(choices=MODELS, metavar="NAME")
@@ -144,40 +183,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
     parser.add_argument("--rounds", type=train.number(int, 1), default=5, help="of each measurement (default: 5)")
     parser.add_argument("--device", choices=list(train.PRESETS), help="(default: the best there is)")
-    args = parser.parse_args()
     try:
-        device = inference.pick_device(args.device)
-        state = checkpoint.load(args.checkpoint or inference.find_checkpoint())
+        run(parser.parse_args())
     except (inference.UsageError, checkpoint.CheckpointError) as error:
         sys.exit(inference.fail(error))
-    cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
-    cases += [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
-    if device.type != "cpu":
-        cases = [(model, optimizer, 16 * batch) for model, optimizer, batch in cases]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    peaks = [matmul_peak(device, torch.float32) / 1e9 for _ in range(args.rounds)]
-    print(f"{name}, PyTorch {torch.__version__}: plain fp32 matrix product {show(peaks)} GFLOP/s\n")
-    print("| network | tokens | width x depth | M parameters | optimizer, batch | training, images a second "
-          "| share of the peak | times the plain step |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    bar = tqdm(total=len(cases) + len(inference.DEFAULT_STEPS), unit="row", leave=False, dynamic_ncols=True)
-    for case in cases:
-        tqdm.write(train_row(*case, device, args.rounds), sys.stdout)
-        sys.stdout.flush()
-        bar.update()
-    tqdm.write("\n| sampler, steps | one digit, s | 100 digits, s | digits a second |\n|---|---|---|---|", sys.stdout)
-    for sampler in inference.DEFAULT_STEPS:
-        tqdm.write(sample_row(sampler, state, device, min(args.rounds, 3)), sys.stdout)
-        sys.stdout.flush()
-        bar.update()
-    bar.close()
-    if device.type == "cuda":
-        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
-    elif sys.platform != "win32":
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-        print(f"\npeak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB")
+    except torch.OutOfMemoryError:
+        sys.exit(inference.fail("the GPU's memory is too small: name smaller --models", status=1))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

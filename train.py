@@ -31,7 +31,7 @@ import dataset
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS
 from dit import MODELS, DiTConfig
 from inference import RUNS, UsageError, fail, pick_device
-from trainer import Trainer, default_guidance, learning_rate
+from trainer import Trainer, default_guidance, learning_rate, make_deterministic
 
 DEFAULTS = dict(
     dataset=None, data_dir="data", image_size=None,
@@ -285,10 +285,7 @@ def train(given: argparse.Namespace) -> int:
         raise UsageError("--resume goes on in the run's own folder: leave --run-dir out")
     state, folder = resumed(given.resume) if given.resume else ({}, given.run_dir)
     device = pick_device(given.device or state.get("args", {}).get("device"))
-    if device.type == "cuda":  # bit-exact resuming; the few operations that cannot be are named in a warning
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     args = settle(given, device, state.get("args"))
     start = state.get("step", 0)
     if start >= args.steps:

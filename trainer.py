@@ -7,6 +7,7 @@ Whatever is random in step k (the batch, its timesteps, noise and dropped labels
 import argparse
 import copy
 import math
+import os
 import time
 import warnings
 from contextlib import nullcontext
@@ -22,6 +23,14 @@ from inference import DEFAULT_GUIDANCE, grid, sample, seeded
 from muon import Muon
 
 FIRST_NUMBER = 2**31  # of the random numbers of step 0, far from those of the images that inference draws
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On CUDA, for bit-exact resuming; the few operations that cannot be are named in a warning. Elsewhere all are."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:

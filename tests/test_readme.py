@@ -54,12 +54,14 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
         if script is None:
             assert command[0] in ("python3", ".venv/bin/pip") or "pytest" in command, command
             continue
+        if "--also" in command:  # wants MNIST on the disk
+            continue
         name, arguments = command[script], command[script + 1 :]
         fewer = FEWER[name].split()
         if "--resume" in arguments:
             fewer = ["--steps", "4", "--no-compile"]
-        if "--npz" in arguments:
-            fewer += ["--count", "5"]
+        if "--npz" in arguments and name == "inference.py":
+            fewer += ["--count", "25"]
         print(*command)
         if name in ("benchmark.py", "judge.py"):  # minutes even so: test_benchmark and test_evaluate run them
             continue
