@@ -30,13 +30,14 @@ class CheckpointError(Exception):
 
 
 def describe(
-    config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int, guidance: float
+    config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int, guidance: float,
+    interval: tuple[int, int] | None = None,
 ) -> dict:
     """What a checkpoint says of itself, in plain types. classes: their names; data: the source of the images, in words;
-    step: how long it was trained; guidance: the weight to draw with, unless told."""
+    step: how long it was trained; guidance, interval: the weight to draw with, unless told, and at which timesteps."""
     return dict(
         format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step,
-        guidance=guidance,
+        guidance=guidance, interval=None if interval is None else list(interval),
     )
 
 
@@ -131,7 +132,8 @@ def build(state: dict, device: torch.device | str = "cpu") -> tuple[DiT, Diffusi
         model.load_state_dict(state["ema"])
         diffusion = Diffusion(**state["diffusion"], device=device)
         description = describe(
-            model.config, diffusion, tuple(state["classes"]), state["data"], state["step"], state["guidance"]
+            model.config, diffusion, tuple(state["classes"]), state["data"], state["step"], state["guidance"],
+            state.get("interval"),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]

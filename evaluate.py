@@ -343,8 +343,6 @@ def run(args: argparse.Namespace) -> Path:
         raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
     args.against = args.against.replace("-", "_")
     judges = judge.load()
-    if args.also:
-        train, test = (dataset.load("mnist", args.data_dir, train=which, download=False) for which in (True, False))
     result = dict(count=args.count or MOST, against=args.against)
 
     def keep(**more: object) -> None:
@@ -358,16 +356,24 @@ def run(args: argparse.Namespace) -> Path:
         result |= dict(images=str(args.npz), count=len(images))
         how = str(args.npz)
     else:
+        if args.sweep == "guidance":
+            args.guidance = 1.0  # each point has its own
         draw, diffusion, config, description = open_model(args)
         digits = description["classes"] == list(dataset.DATASETS["mnist"][1])
         if not digits or (config.in_channels, config.image_size) != (1, 28):
             learned = f"this model learned from {description['data']}"
             raise UsageError(f"the judge knows digits of 28 x 28 alone, and {learned}: give a checkpoint of MNIST")
+        if "bits" in args.also and description["diffusion"]["schedule"] == "flow":
+            raise UsageError("the bound of flow is loose beyond use: --also bits is for schedules linear and cosine")
         labels = labels_as_in(judges[2][f"labels.{args.against}"], args.count or MOST)
         settings = ("sampler", "steps", "eta", "guidance", "guidance_interval", "seed")
         result |= {name: getattr(args, name) for name in settings}
         result |= {name: description[name] for name in ("config", "diffusion", "data", "step")}
         how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
+        if args.guidance_interval:
+            how += ", guided at timesteps {} to {}".format(*args.guidance_interval)
+    if args.also:
+        train, test = (dataset.load("mnist", args.data_dir, train=which, download=False) for which in (True, False))
     if args.sweep:
         values = SWEEPS[args.sweep][1]
         most = max(value[1] for value in values) if args.sweep == "sampler" else max(values)

@@ -130,12 +130,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise")
     steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
     what.add_argument("--steps", type=int, help=f"network calls on that way (default: {steps})")
-    guidance = f"0 ignores labels, 1 plain, above 1 guided (default: as trained, {DEFAULT_GUIDANCE} as a rule)"
+    guidance = "0 ignores labels, 1 plain, above 1 guided (default: what suits the weights)"
     what.add_argument("--eta", type=float, default=0.0, help="for ddim: fresh noise, 0 none, 1 as in ddpm")
     what.add_argument("--guidance", type=float, help=guidance)
-    what.add_argument(
-        "--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at these timesteps only"
-    )
+    interval = "guide at these timesteps only (default: what suits the weights; with --guidance, all)"
+    what.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     what.add_argument("--batch-size", type=int, default=250, help="images at a time; does not change them")
     what.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
 
@@ -209,7 +208,9 @@ def open_model(args: argparse.Namespace) -> tuple[Callable, Diffusion, DiTConfig
     model, diffusion, description = checkpoint.build(state, device)
     T = diffusion.T
     args.steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
-    args.guidance = description["guidance"] if args.guidance is None else args.guidance
+    if args.guidance is None:
+        args.guidance = description["guidance"]
+        args.guidance_interval = args.guidance_interval or description["interval"]
     if args.batch_size < 1:
         raise UsageError(f"--batch-size is {args.batch_size}: use 1 or more")
     if not 0 <= args.seed < 2**32:
@@ -342,6 +343,8 @@ def draw_picture(args: argparse.Namespace, draw: Callable, labels: Tensor, colum
 def run(args: argparse.Namespace) -> Path:
     """Draw what the command line asks for; the path of the file. Raises UsageError, CheckpointError."""
     check(args)
+    if args.compare_guidance:
+        args.guidance = 1.0  # each row has its own
     draw, diffusion, config, description = open_model(args)
     classes = description["classes"]
     if not is_image(config) and (args.trajectory or args.gif or args.compare_guidance):

@@ -323,8 +323,8 @@ def train(given: argparse.Namespace) -> int:
         print(f"{folder}: {what}", flush=True)
 
     def save(step: int) -> dict:
-        guidance = default_guidance(args.label_dropout)
-        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, step, guidance)
+        guidance = default_guidance(args)
+        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, step, *guidance)
         checkpoint.save(folder / "checkpoint.pt", {**description, "args": vars(args), **trainer.state()})
         return description
 

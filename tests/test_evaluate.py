@@ -254,6 +254,9 @@ def test_bad_requests_are_refused_before_any_work(weights, digits, tiny_run, mon
     np.savez("float.npz", np.zeros((30, 28, 28, 1), np.float32))
     np.savez("labels.npz", arr_0=np.zeros((30, 28, 28, 1), np.uint8), labels=np.full(30, 12))
     np.savez("number.npz", arr_0=np.uint8(3))
+    state = checkpoint.load(weights)
+    flow = state | dict(diffusion=dict(schedule="flow", prediction="v", timesteps=50))
+    checkpoint.save_weights(tmp_path / "flow.safetensors", flow.pop("ema"), flow)
     with open("array.npz", "wb") as file:
         np.save(file, np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
@@ -265,6 +268,7 @@ def test_bad_requests_are_refused_before_any_work(weights, digits, tiny_run, mon
         (["--checkpoint", weights, "--steps", 0], "--steps is 0: use 1 to 50"),
         (["--checkpoint", weights, "--sweep", "steps", "--also", "bits"], "leave one out"),
         (["--npz", "a.npz", "--also", "bits"], "leave --checkpoint"),
+        (["--checkpoint", "flow.safetensors", "--also", "bits"], "for schedules linear and cosine"),
         (["--npz", "none.npz"], "cannot read none.npz"),
         (["--npz", "text.npz"], "cannot read text.npz"),
         (["--npz", "array.npz"], "cannot read array.npz"),

@@ -194,6 +194,17 @@ def test_bare_it_takes_the_newest_run_then_the_bundled_weights(draw, monkeypatch
     assert inference.find_checkpoint().parent.name == "new"
 
 
+def test_the_guidance_of_the_weights_is_the_default_and_a_weight_of_ones_own_acts_throughout(tiny_run):
+    def settings(*words):
+        args = inference.parse_args(["--checkpoint", str(tiny_run), "--device", "cpu", *words])
+        draw = inference.open_model(args)[0]
+        return draw.keywords["guidance"], draw.keywords["interval"]
+
+    assert settings() == (2.0, [300, 800])
+    assert settings("--guidance", "3") == (3.0, None)
+    assert settings("--guidance-interval", "100", "200") == (2.0, [100, 200])
+
+
 def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
     model, diffusion = DiT(DiTConfig(image_size=8, patch_size=4, num_classes=0)), Diffusion()
     description = checkpoint.describe(model.config, diffusion, (), "nothing", 0, guidance=1.0)

@@ -249,7 +249,8 @@ def test_a_broken_image_in_a_streamed_folder_is_one_line_and_loses_nothing(image
 
 def test_without_dropped_labels_samples_are_not_guided(images, tmp_path):
     run("--dataset", images, *TINY, "--steps", 1, "--label-dropout", 0, "--run-dir", tmp_path / "run")
-    assert checkpoint.load(tmp_path / "run")["guidance"] == 1.0
+    state = checkpoint.load(tmp_path / "run")
+    assert state["guidance"] == 1.0 and state["interval"] is None
 
 
 def test_runs_get_the_next_free_name(images, tmp_path, monkeypatch):
