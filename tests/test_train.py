@@ -106,12 +106,13 @@ def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monke
 
 def test_accumulating_gradients_changes_only_the_memory(images, tmp_path):
     for parts in (1, 4):
-        run("--dataset", images, *TINY, "--steps", 8, "--accumulate", parts, "--run-dir", tmp_path / str(parts))
+        slow = ["--steps", 8, "--lr", 1e-3]  # so that differences of rounding do not grow
+        run("--dataset", images, *TINY, *slow, "--accumulate", parts, "--run-dir", tmp_path / str(parts))
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 def test_two_processes_take_the_steps_of_one(images, tmp_path):
-    arguments = ["--dataset", images, *TINY, "--save-every", 6]
+    arguments = ["--dataset", images, *TINY, "--save-every", 6, "--lr", 1e-3]
     run(*arguments, "--steps", 6, "--run-dir", tmp_path / "one")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     result = run_script("train.py", *arguments, "--steps", 6, "--run-dir", "two", cwd=tmp_path, python=torchrun)
@@ -261,7 +262,7 @@ def test_runs_get_the_next_free_name(images, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_keeps_its_settings(tiny_run):
-    with pytest.raises(UsageError, match=r"--lr was 0.005 in this run and cannot change"):
+    with pytest.raises(UsageError, match=r"--lr was 0.01 in this run and cannot change"):
         run("--resume", tiny_run, "--lr", 1)
     with pytest.raises(UsageError, match="at step 20 already: ask for more with --steps"):
         run("--resume", tiny_run)
