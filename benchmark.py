@@ -124,12 +124,13 @@ def train_row(model: str, optimizer: str, batch: int, device: torch.device, roun
     )
 
 
-def sample_row(sampler: str, state: dict, device: torch.device, rounds: int) -> str:
-    """One line of the table of sampling, with the guidance of the weights."""
-    model, diffusion, description = checkpoint.build(state, device)
+def sample_row(
+    sampler: str, model: DiT, diffusion: Diffusion, guidance: dict, device: torch.device, rounds: int
+) -> str:
+    """One line of the table of sampling; guidance: as `sample` takes it."""
     steps = min(inference.DEFAULT_STEPS[sampler], diffusion.T)
     times = {n: [] for n in (1, 100)}
-    draw = partial(inference.sample, model, diffusion, sampler=sampler, guidance=description["guidance"])
+    draw = partial(inference.sample, model, diffusion, sampler=sampler, **guidance)
     for n, results in times.items():
         labels = torch.arange(n) % max(model.config.num_classes, 1)
         draw(labels, steps=2)
@@ -143,6 +144,8 @@ def run(args: argparse.Namespace) -> None:
     device = inference.pick_device(args.device)
     make_deterministic(device)
     state = checkpoint.load(args.checkpoint or inference.find_checkpoint())
+    model, diffusion, description = checkpoint.build(state, device)
+    guidance = {name: description[name] for name in ("guidance", "interval")}
     cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
     cases = cases + [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
     if device.type != "cpu":
@@ -163,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         tqdm.write("\n| sampler, steps | one digit, s | 100 digits, s | digits a second |", sys.stdout)
         tqdm.write("|---|---|---|---|", sys.stdout)
         for sampler in SAMPLERS:
-            tqdm.write(sample_row(sampler, state, device, min(args.rounds, 3)), sys.stdout)
+            tqdm.write(sample_row(sampler, model, diffusion, guidance, device, min(args.rounds, 3)), sys.stdout)
             sys.stdout.flush()
             bar.update()
     if device.type == "cuda":

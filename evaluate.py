@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint runs/mnist-1 --count 5000
     python evaluate.py --npz samples.npz                     images of any other model
     python evaluate.py --sweep steps                         quality against cost, as a picture and a table
-    python evaluate.py --also memorization bits              what needs MNIST on the disk
+    python evaluate.py --also memorization                   what needs MNIST on the disk
 
 Features come from judge.py, whose files hold those of real images too: no network and no MNIST needed. In a space of
 features the Fréchet distance (FD) is that between two Gaussians (arXiv 1706.08500). It grows where images are few, so

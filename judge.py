@@ -8,6 +8,7 @@ images, and of 10,000 training images that the classifier never saw. So samples 
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from inference import UsageError, fail, seeded
 CLASSIFIER = Path(__file__).parent / "assets" / "classifier.safetensors"
 REFERENCE = Path(__file__).parent / "assets" / "reference.safetensors"
 HELD_OUT = 10_000  # training images kept from the classifier: what to tune on, and to compare with
-COUNTS = (20, 100, 1000, 3000, 10_000)
+COUNTS = (20, 100, 1000, 3000, 10_000)  # of images, for which the reference tells the distance of real ones
 
 
 def conv(c_in: int, c_out: int) -> list[nn.Module]:
@@ -105,8 +106,8 @@ def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128,
     steps = epochs * len(labels) // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    indices = dataset.index_batches(len(labels), batch_size, seed, 0)
-    for _, index in zip(tqdm(range(steps), desc="classifier", unit="step", leave=False, dynamic_ncols=True), indices):  # noqa: B905
+    indices = islice(dataset.index_batches(len(labels), batch_size, seed, 0), steps)
+    for index in tqdm(indices, total=steps, desc="classifier", unit="step", leave=False, dynamic_ncols=True):
         x = jitter(dataset.to_float(pixels[index]), generator).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()

@@ -324,7 +324,7 @@ def train(given: argparse.Namespace) -> int:
 
     def save(step: int) -> dict:
         guidance = default_guidance(args)
-        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, step, *guidance)
+        description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, step, **guidance)
         checkpoint.save(folder / "checkpoint.pt", {**description, "args": vars(args), **trainer.state()})
         return description
 

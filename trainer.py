@@ -156,7 +156,7 @@ class Trainer:
         """Ten rows of the first ten classes, or of anything, by the averaged weights."""
         rows = torch.arange(10) % max(self.config.num_classes, 1)
         labels = rows.repeat_interleave(10)
-        guidance = dict(zip(("guidance", "interval"), default_guidance(self.args), strict=True))
+        guidance = default_guidance(self.args)
         parts = [slice(i, i + self.part) for i in range(0, 100, self.part)]
         images = [
             sample(self.ema, self.diffusion, labels[part], indices=range(100)[part], **guidance)
@@ -165,12 +165,14 @@ class Trainer:
         return grid(torch.cat(images), columns=10)
 
 
-def default_guidance(args: argparse.Namespace) -> tuple[float, tuple[int, int] | None]:
-    """The weight of guidance to draw with, and at which timesteps (None: at all).
+def default_guidance(args: argparse.Namespace) -> dict:
+    """guidance and interval, as `sample` takes them, to draw with unless told.
 
     With flow, guiding the middle of the way alone is better by every measure (assets/recipe.md), and cheaper.
     Without dropped labels there is no unconditional prediction to move away from.
     """
     if not args.label_dropout:
-        return 1.0, None
-    return (2.0, (300, 800)) if args.schedule == "flow" else (DEFAULT_GUIDANCE, None)
+        return dict(guidance=1.0, interval=None)
+    if args.schedule == "flow":
+        return dict(guidance=2.0, interval=(300, 800))
+    return dict(guidance=DEFAULT_GUIDANCE, interval=None)
