@@ -333,8 +333,11 @@ def run(args: argparse.Namespace) -> Path:
     """
     if args.count is not None and not LEAST <= args.count <= MOST:
         raise UsageError(f"--count is {args.count}: use {LEAST} to {MOST}, which is how many real ones there are")
-    if args.npz and (args.sweep or args.checkpoint or "bits" in args.also):
-        raise UsageError("--npz is images of any model: leave --checkpoint, --sweep and --also bits out")
+    idle = args.checkpoint or args.model or args.steps or args.guidance is not None or args.guidance_interval
+    if args.npz and (idle or args.sweep or "bits" in args.also):
+        raise UsageError("--npz holds images already: leave out the flags of model and sampling, and --also bits")
+    if args.sweep and (args.guidance if args.sweep == "guidance" else args.steps) is not None:
+        raise UsageError(f"--sweep {args.sweep} sets {SWEEPS[args.sweep][0]} by itself: leave what it sets out")
     if args.sweep and args.also:
         raise UsageError("--sweep and --also are two measurements: leave one out")
     path = output_path(args.output, f"sweep-{args.sweep}.json" if args.sweep else "evaluation.json")

@@ -142,15 +142,9 @@ def expected_distance(f: Tensor, target: Tensor, n: int, draws: int = 20) -> flo
     return sum(frechet_distance(f[index], target) for index in some) / draws
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the judge of evaluate.py; writes its files in assets/.")
-    parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
-    args = parser.parse_args()
-    try:
-        train = dataset.load("mnist", args.data_dir)
-        test = dataset.load("mnist", args.data_dir, train=False)
-    except dataset.DataError as error:
-        sys.exit(fail(error))
+def make(data_dir: str) -> None:
+    """Train the classifier and write both files. Raises DataError."""
+    train, test = dataset.load("mnist", data_dir), dataset.load("mnist", data_dir, train=False)
     order = torch.randperm(len(train.labels), generator=seeded(0, 0))
     held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
     classifier, random = fit(train.pixels[rest], train.labels[rest]), RandomFeatures()
@@ -169,6 +163,19 @@ def main() -> None:
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     for path, tensors in ((CLASSIFIER, weights), (REFERENCE, reference)):
         checkpoint.write_whole(path, lambda file, tensors=tensors: file.write(save(tensors)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the judge of evaluate.py; writes its files in assets/.")
+    parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
+    try:
+        make(parser.parse_args().data_dir)
+    except dataset.DataError as error:
+        sys.exit(fail(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(fail(error, status=1))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,21 @@ def test_the_classifier_learns(digits):
     assert right.double().mean() > 0.9
 
 
+def test_the_judge_is_made_anew(digits, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(judge.dataset, "load", lambda *_, **__: digits)
+    files = dict(CLASSIFIER=tmp_path / "c", REFERENCE=tmp_path / "r")
+    for name, value in dict(HELD_OUT=200, COUNTS=(20, 100), **files).items():
+        monkeypatch.setattr(judge, name, value)
+    monkeypatch.setattr("sys.argv", ["judge.py"])
+    judge.main()
+    classifier, random, reference = judge.load()
+    seen = reference["classifier.test"]
+    torch.testing.assert_close(judge.features(classifier, digits.pixels), seen, rtol=2e-3, atol=2e-3)  # kept as half
+    assert reference["random.held_out"].shape == (200, 64)
+    assert reference["classifier.floor"][0] > reference["classifier.floor"][1] > 0
+    assert capsys.readouterr().out.count("accuracy") == 2
+
+
 def test_without_its_files_it_says_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "REFERENCE", tmp_path / "none")
     with pytest.raises(UsageError, match="python judge.py"):
@@ -241,7 +256,8 @@ def test_a_sweep_draws_a_picture(what, weights, monkeypatch, tmp_path):
     flag, values = evaluate.SWEEPS[what]
     short = dict(steps=[2, 3], guidance=[1.0, 2.0], sampler=[("ddim", 2), ("ddpm", 3)])[what]
     monkeypatch.setitem(evaluate.SWEEPS, what, (flag, short))
-    result = run("--sweep", what, "--checkpoint", weights, "--count", 20, "--steps", 2, "--device", "cpu")
+    steps = ["--steps", 2] if what == "guidance" else []
+    result = run("--sweep", what, "--checkpoint", weights, "--count", 20, *steps, "--device", "cpu")
     calls = dict(steps=[4, 6], guidance=[2, 4], sampler=[4, 6])[what]
     assert [point["calls"] for point in result["sweep"]] == calls
     assert (tmp_path / "outputs" / f"sweep-{what}-1.png").exists()
@@ -267,13 +283,16 @@ def test_bad_requests_are_refused_before_any_work(weights, digits, tiny_run, mon
         (["--checkpoint", tiny_run], "digits of 28 x 28"),
         (["--checkpoint", weights, "--steps", 0], "--steps is 0: use 1 to 50"),
         (["--checkpoint", weights, "--sweep", "steps", "--also", "bits"], "leave one out"),
-        (["--npz", "a.npz", "--also", "bits"], "leave --checkpoint"),
+        (["--npz", "a.npz", "--also", "bits"], "leave out the flags"),
         (["--checkpoint", "flow.safetensors", "--also", "bits"], "for schedules linear and cosine"),
         (["--npz", "none.npz"], "cannot read none.npz"),
         (["--npz", "text.npz"], "cannot read text.npz"),
         (["--npz", "array.npz"], "cannot read array.npz"),
         (["--npz", "number.npz"], "cannot read number.npz"),
         (["--checkpoint", weights, "--sweep", "sampler"], "the model knows 50: use --sweep guidance"),
+        (["--sweep", "steps", "--steps", 7], "sets --steps by itself"),
+        (["--sweep", "guidance", "--guidance", 2], "sets --guidance by itself"),
+        (["--npz", "few.npz", "--steps", 7], "leave out the flags"),
         (["--checkpoint", weights, "--output", "there.json"], "there.png is there already"),
         (["--npz", "large.npz"], "32, 32, 1"),
         (["--npz", "few.npz"], "holds 3 images"),
