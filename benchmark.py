@@ -4,8 +4,9 @@
     python benchmark.py --models DiT-N/7 DiT-S/2
 
 Training is told in images a second, and as the share of the machine's peak: the floating-point operations of the
-network, forward and back, over what plain matrix products reach in the same process. Whatever else a step does
-(optimizer, average, noise) takes time and counts for nothing. All figures are medians of rounds, with their range.
+network, forward and back, over what plain matrix products of the same precision reach in the same process. Whatever
+else a step does (optimizer, average, noise) takes time and counts for nothing. All figures are medians of rounds, with
+their range.
 """
 
 import argparse
@@ -33,6 +34,7 @@ CASES = [
     ("DiT-N/7", "muon", 128), ("DiT-N/7", "adamw", 128), ("DiT-N/7", "adamw", 256), ("DiT-N/4", "adamw", 128),
     ("DiT-N/2", "adamw", 32), ("DiT-T/7", "adamw", 128), ("DiT-T/4", "adamw", 64), ("DiT-S/4", "adamw", 32),
 ]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wait(device: torch.device) -> None:
@@ -71,7 +73,7 @@ def flops(config: DiTConfig) -> int:
 
 
 def plain_step(config: DiTConfig, batch: int, device: torch.device) -> Callable:
-    """A training step as DiT's authors wrote theirs: eager, AdamW, learned variance, the average by a loop."""
+    """A training step as DiT's authors wrote theirs: eager, fp32, AdamW, learned variance, the average by a loop."""
     config = DiTConfig(**{**vars(config), "learn_sigma": True})
     model = DiT(config).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -97,10 +99,10 @@ def show(values: list[float], form: str = ",.0f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def train_row(model: str, optimizer: str, batch: int, device: torch.device, rounds: int) -> str:
+def train_row(precision: str, model: str, optimizer: str, batch: int, device: torch.device, rounds: int) -> str:
     """One line of the table of training: ours, and the plain step of the same network, in turn."""
-    given = train.parse_args(["--model", model, "--optimizer", optimizer, "--batch-size", str(batch)])
-    args = train.settle(given, device, None)
+    flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
+    args = train.settle(train.parse_args(flags.split()), device, None)
     config = DiTConfig(**MODELS[model])
     trainer = Trainer(config, args, device, 0, 1)
     x0, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
@@ -109,9 +111,8 @@ def train_row(model: str, optimizer: str, batch: int, device: torch.device, roun
         trainer.step(warm_up, x0, y)
         plain(x0, y)
     work, share, img_s, factor = flops(config), [], [], []
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     for _ in range(rounds):
-        peak = matmul_peak(device, dtype)
+        peak = matmul_peak(device, DTYPES[precision])
         ours, theirs = seconds(lambda: trainer.step(0, x0, y), device), seconds(lambda: plain(x0, y), device)
         img_s.append(batch / ours)
         share.append(100 * work * batch / ours / peak)
@@ -119,7 +120,8 @@ def train_row(model: str, optimizer: str, batch: int, device: torch.device, roun
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     tokens = (config.image_size // config.patch_size) ** 2
     return (
-        f"| {model} | {tokens} | {config.hidden_size} x {config.depth} | {parameters:.1f} | {optimizer}, {batch} "
+        f"| {model} | {tokens} | {config.hidden_size} x {config.depth} | {parameters:.1f} "
+        f"| {precision}, {optimizer}, {batch} "
         f"| {show(img_s)} | {show(share)}% | {show(factor, '.2f')} |"
     )
 
@@ -150,13 +152,17 @@ def run(args: argparse.Namespace) -> None:
     cases = cases + [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
     if device.type != "cpu":
         cases = [(model, optimizer, 16 * batch) for model, optimizer, batch in cases]
-    kind = {"cuda": "TF32", "mps": "fp32", "cpu": "fp32"}[device.type]
+    usual = train.PRESETS[device.type]["precision"]
+    precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
+    cases = [(precision, *case) for precision in precisions for case in cases]
     threads = f"{device.type}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else threads
-    peaks = [matmul_peak(device, torch.float32) / 1e9 for _ in range(args.rounds)]
-    print(f"{name}, PyTorch {torch.__version__}: plain {kind} matrix product {show(peaks)} GFLOP/s\n")
-    print("| network | tokens | width x depth | M parameters | optimizer, batch | training, images a second "
-          "| share of the peak | times the plain step |")
+    print(f"{name}, PyTorch {torch.__version__}")
+    for precision in precisions:
+        peaks = [matmul_peak(device, DTYPES[precision]) / 1e9 for _ in range(args.rounds)]
+        print(f"plain matrix product in {precision}: {show(peaks)} GFLOP/s")
+    print("\n| network | tokens | width x depth | M parameters | precision, optimizer, batch "
+          "| training, images a second | share of the peak | times the plain step |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tqdm(total=len(cases) + len(SAMPLERS), unit="row", leave=False, dynamic_ncols=True) as bar:
         for case in cases:

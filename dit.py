@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# width, depth, heads. S to XL are Table 1 of the paper; the smaller ones are for 28x28 digits.
+# width, depth, heads. S to XL are Table 1 of the paper; the smaller ones (nano, micro, tiny) are for 28x28 digits.
 SIZES = {
     "N": (128, 5, 4),
+    "U": (160, 5, 5),
     "T": (256, 8, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -33,7 +34,7 @@ SIZES = {
 MODELS = {
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, (width, depth, heads) in SIZES.items()
-    for patch in ((2, 4, 7, 8) if name in "NT" else (2, 4, 8))
+    for patch in ((2, 4, 7, 8) if name in "NUT" else (2, 4, 8))
 }
 
 

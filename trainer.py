@@ -69,6 +69,9 @@ class Trainer:
         self.part = self.share // args.accumulate                # images that go through the network at once
         self.mine = slice(self.share * rank, self.share * (rank + 1))
         self.diffusion = Diffusion(args.schedule, args.prediction, device=device)
+        # On a CPU fused attention in bfloat16 is ten times slower than matrix products and a softmax. The switch is
+        # everyone's, whatever its name says.
+        torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or args.precision == "fp32")
         torch.manual_seed(args.seed)
         self.model = DiT(config, args.gradient_checkpointing).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)

@@ -32,12 +32,14 @@ def test_the_plain_step_learns_and_averages():
 def test_it_prints_its_tables(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "matmul_peak", lambda *_: 1e11)
     monkeypatch.setitem(benchmark.train.PRESETS["cpu"], "compile", False)
+    monkeypatch.setitem(benchmark.train.PRESETS["cpu"], "precision", "bf16")
     monkeypatch.setattr(benchmark.inference, "DEFAULT_STEPS", {"ddpm": 3, "ddim": 2, "dpm++": 2})
     command = f"benchmark.py --models DiT-N/7 --rounds 1 --device cpu --checkpoint {tiny_run}"
     monkeypatch.setattr("sys.argv", command.split())
     benchmark.main()
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| DiT-N/7 | 16 | 128 x 5 |") for line in lines) == 3
+    for precision in ("fp32", "bf16"):
+        assert sum(line.startswith(f"| DiT-N/7 | 16 | 128 x 5 | 1.6 | {precision}, ") for line in lines) == 3
     samplers = [line.split(",")[0] for line in lines if line.startswith(("| dd", "| dpm"))]
     assert samplers == ["| ddpm", "| ddim", "| dpm++"]
     assert "peak memory" in lines[-1]

@@ -20,7 +20,7 @@ import train
 from checkpoint import CheckpointError
 from dataset import IDX_FILES, DataError
 from inference import UsageError
-from train import parse_args
+from train import parse_args, settle
 from trainer import Trainer, learning_rate, update_ema
 
 
@@ -106,13 +106,13 @@ def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monke
 
 def test_accumulating_gradients_changes_only_the_memory(images, tmp_path):
     for parts in (1, 4):
-        slow = ["--steps", 8, "--lr", 1e-3]  # so that differences of rounding do not grow
-        run("--dataset", images, *TINY, *slow, "--accumulate", parts, "--run-dir", tmp_path / str(parts))
+        exact = ["--steps", 8, "--lr", 1e-3, "--precision", "fp32"]  # so that differences of rounding stay small
+        run("--dataset", images, *TINY, *exact, "--accumulate", parts, "--run-dir", tmp_path / str(parts))
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 def test_two_processes_take_the_steps_of_one(images, tmp_path):
-    arguments = ["--dataset", images, *TINY, "--save-every", 6, "--lr", 1e-3]
+    arguments = ["--dataset", images, *TINY, "--save-every", 6, "--lr", 1e-3, "--precision", "fp32"]
     run(*arguments, "--steps", 6, "--run-dir", tmp_path / "one")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     result = run_script("train.py", *arguments, "--steps", 6, "--run-dir", "two", cwd=tmp_path, python=torchrun)
@@ -321,6 +321,12 @@ def test_every_objective_trains(images, tmp_path):
         assert run("--dataset", images, *TINY, "--steps", 40, *options, "--run-dir", tmp_path / str(i)) == 0
         course = losses(tmp_path / str(i))
         assert sum(course[-5:]) < 0.9 * sum(course[:5])
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's description of the CPU")
+def test_bfloat16_is_the_default_where_the_cpu_multiplies_it_fast():
+    fast = "amx_bf16" in Path("/proc/cpuinfo").read_text() and hasattr(torch.cpu, "get_capabilities")
+    assert settle(parse_args([]), torch.device("cpu"), None).precision == ("bf16" if fast else "fp32")
 
 
 def test_learning_rate_rises_then_falls():
