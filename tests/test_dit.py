@@ -82,6 +82,16 @@ def test_attention_equals_a_naive_loop():
     torch.testing.assert_close(attention(x), attention.proj(merged))
 
 
+def test_both_forms_of_gelu_are_one_function(monkeypatch):
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(dit.gelu(x).sum(), x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    (compiled_slope,) = torch.autograd.grad(dit.gelu(x).sum(), x)
+    monkeypatch.undo()
+    torch.testing.assert_close(compiled_slope, slope)
+    torch.testing.assert_close(torch.compile(dit.gelu, backend="eager")(x), F.gelu(x, approximate="tanh"))
+
+
 def test_positions_of_the_published_table():
     """Half the width for the column, half for the row; sines, then cosines; frequencies 10000^(-i / (D/4))."""
     table = position_table(3, 8)[0]
