@@ -1,7 +1,7 @@
 """The network: a Diffusion Transformer with adaLN-Zero conditioning.
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, sections 3.1 and 3.2.
-The file reads bottom-up, in the order in which an image passes through it:
+Small parts come first, in the order in which an image passes through them:
 
     image -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> image
                                       ^                     ^

@@ -8,11 +8,12 @@
 
 Features come from judge.py, whose files hold those of real images too: no network and no MNIST needed. In a space of
 features the Fréchet distance (FD) is that between two Gaussians (arXiv 1706.08500). It grows where images are few, so
-it is told as rho: the samples' FD to the test images over that of as many real training images with the same labels, so
-that 1 is real. Random training images, whose labels are not quite those of the test set, are farther away: rho to them
-is told too, and is smaller. (The usual Inception features are of colour photographs and say little of grey digits.)
-Precision is the share of samples that lie among real images (arXiv 1904.06991), recall that of real images that lie
-among samples, which also grows with their number. Compare numbers of equal counts.
+it is told as rho: the samples' FD to the test images over the mean one of as many real training images with the same
+labels, which the judge has not learned from, so that 1 is real. Training images drawn at random are farther away, since
+their labels are not quite those of the test set and the judge has learned from most: rho to them is told too, and is
+smaller. (The usual Inception features are of colour photographs and say little of grey digits.) Precision is the share
+of samples that lie among real images (arXiv 1904.06991), recall that of real images that lie among samples; below some
+2,000 they are unsteady. Intervals are over the choice of the samples. Compare numbers of equal counts.
 """
 
 import argparse
@@ -80,12 +81,14 @@ def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int =
     return max(0.0, float(estimate + low)), float(estimate + high)
 
 
-def alike(labels: Tensor, real: Tensor) -> Tensor:
-    """Indices (N,) of real images that show the labels (N,) in some order; where too few do, some are taken twice."""
-    index = []
+def alike(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
+    """Indices (N,) of real images that show the labels (N,) in some order, another choice for every `draw`; where too
+    few do, some are taken twice."""
+    index, generator = [], seeded(1, draw)
     for digit, n in enumerate(labels.bincount(minlength=10).tolist()):
         pool = (real == digit).nonzero()[:, 0]
-        index.append(pool[torch.arange(n) * len(pool) // max(n, 1)])
+        pool = pool[torch.randperm(len(pool), generator=generator)]
+        index.append(pool.repeat(n // len(pool) + 1)[:n])
     return torch.cat(index)
 
 
@@ -99,7 +102,7 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     classifier, random, reference = judges
     n, other = len(images), "held_out" if against == "test" else "test"
     wanted = labels_as_in(reference[f"labels.{against}"], n) if labels is None else labels
-    yardstick = alike(wanted, reference[f"labels.{other}"])
+    yardsticks = [alike(wanted, reference[f"labels.{other}"], draw) for draw in range(20)]
     generated = dict(classifier=judge.features(classifier, images), random=judge.features(random, images))
     table = {}
     if labels is not None:
@@ -115,18 +118,19 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     for space, f in generated.items():
         target, f = reference[f"{space}.{against}"].double(), f.double()
         groups = torch.zeros(n) if labels is None else labels
+        real = reference[f"{space}.{other}"].double()
         table[f"FD, {space}"] = dict(
             generated=judge.frechet_distance(f, target),
             interval=bootstrap(lambda i, f=f, target=target: judge.frechet_distance(f[i], target), groups),
-            real=judge.frechet_distance(reference[f"{space}.{other}"][yardstick], target),
+            real=float(np.mean([judge.frechet_distance(real[index], target) for index in yardsticks])),
         )
         floors = {f"rho, {space}": table[f"FD, {space}"]["real"]}
         if against == "test":
             floor = np.interp(math.log(n), np.log(judge.COUNTS), reference[f"{space}.floor"].log())
-            floors[f"rho to random images, {space}"] = float(np.exp(floor))
+            floors[f"rho to random training images, {space}"] = float(np.exp(floor))
         for name, floor in floors.items():
             table[name] = {who: (np.array(value) / floor).tolist() for who, value in table[f"FD, {space}"].items()}
-    target, real = reference[f"classifier.{against}"], reference[f"classifier.{other}"][yardstick]
+    target, real = reference[f"classifier.{against}"], reference[f"classifier.{other}"][yardsticks[0]]
     radius, table["precision"], table["recall"] = neighbourhoods(target), {}, {}
     for who, f in (("generated", generated["classifier"]), ("real", real)):
         table["precision"][who] = share_within(f, target, radius)
@@ -170,8 +174,8 @@ def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> 
 
 @torch.no_grad()
 def bits_per_dimension(model: Callable, diffusion: Diffusion, images: Tensor, labels: Tensor, batch: int = 100) -> dict:
-    """The variational bound on -log2 P(image) per pixel, DDPM Eq. 5, of images (N, C, S, S), uint8: each of its T terms
-    on `batch` of them, and the divergence of the noisiest x_T from N(0, I)."""
+    """The variational bound on -log2 P(image | label) per pixel, DDPM Eq. 5, of images (N, C, S, S), uint8: each of its
+    T terms on `batch` of them, and the divergence of the noisiest x_T from N(0, I)."""
     generator, total = seeded(0, 0), 0.0
     C, device = images.shape[1], diffusion.tables["a"].device
     for t in tqdm(range(diffusion.T), desc="bits", unit="timestep", leave=False, dynamic_ncols=True):
@@ -370,9 +374,9 @@ def run(args: argparse.Namespace) -> Path:
             raise UsageError("the bound of flow is loose beyond use: --also bits is for schedules linear and cosine")
         labels = labels_as_in(judges[2][f"labels.{args.against}"], args.count or MOST)
         settings = ("sampler", "steps", "eta", "guidance", "guidance_interval", "seed")
-        result |= {name: getattr(args, name) for name in settings}
+        result |= dict(checkpoint=str(args.checkpoint), **{name: getattr(args, name) for name in settings})
         result |= {name: description[name] for name in ("config", "diffusion", "data", "step")}
-        how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
+        how = f"{args.checkpoint}, {args.sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
         if args.guidance_interval:
             how += ", guided at timesteps {} to {}".format(*args.guidance_interval)
     if args.also:

@@ -204,7 +204,8 @@ def open_model(args: argparse.Namespace) -> tuple[Callable, Diffusion, DiTConfig
     """(draw, diffusion, config, description) as the flags of `add_model_flags` say; `draw` is `sample` with the model
     and the settings filled in, which stand in args from then on. Raises UsageError, CheckpointError."""
     device = pick_device(args.device)
-    state = checkpoint.load(args.checkpoint or find_checkpoint(), args.model)
+    args.checkpoint = args.checkpoint or find_checkpoint()
+    state = checkpoint.load(args.checkpoint, args.model)
     model, diffusion, description = checkpoint.build(state, device)
     T = diffusion.T
     args.steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps

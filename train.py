@@ -339,8 +339,8 @@ def train(given: argparse.Namespace) -> int:
             try:
                 batch = next(stream)
             except dataset.DataError:  # an image file that cannot be read: keep what was learned so far
-                if world == 1 and pending:
-                    run.log(read_out(pending, step, args, world))
+                if world == 1 and step > saved_at:
+                    run.log(read_out(pending, step, args, world) if pending else [])
                     save(step)
                 raise
             pending.append(trainer.step(step, *batch))

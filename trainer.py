@@ -15,6 +15,7 @@ from contextlib import nullcontext
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import Diffusion, draw_timesteps, drop_labels, training_loss
@@ -69,9 +70,6 @@ class Trainer:
         self.part = self.share // args.accumulate                # images that go through the network at once
         self.mine = slice(self.share * rank, self.share * (rank + 1))
         self.diffusion = Diffusion(args.schedule, args.prediction, device=device)
-        # On a CPU fused attention in bfloat16 is ten times slower than matrix products and a softmax. The switch is
-        # everyone's, whatever its name says.
-        torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or args.precision == "fp32")
         torch.manual_seed(args.seed)
         self.model = DiT(config, args.gradient_checkpointing).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -93,9 +91,17 @@ class Trainer:
         eps = torch.randn(n, *self.shape, generator=generator, device=self.device)
         return [value[self.mine].to(self.device) for value in (t, u, eps)]
 
-    def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            return training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
+    def backward(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Add the gradient of a part of a batch to what is there; the loss."""
+        bf16 = self.args.precision == "bf16"
+        # On a CPU fused attention in bfloat16 is ten times slower than matrix products and a softmax.
+        attention = sdpa_kernel(SDPBackend.MATH) if bf16 and self.device.type == "cpu" else nullcontext()
+        with attention:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
+            loss = loss / self.args.accumulate
+            loss.backward()
+        return loss.detach()
 
     def step(self, step: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Train on this rank's share of a batch; its loss and the norm of the gradient."""
@@ -106,9 +112,7 @@ class Trainer:
             now = slice(first, first + self.part)
             last = now.stop == self.share  # the one after which processes exchange gradients
             with nullcontext() if last or self.net is self.model else self.net.no_sync():
-                loss = self.loss(x0[now], y[now], t[now], eps[now]) / self.args.accumulate
-                loss.backward()
-            total = total + loss.detach()
+                total = total + self.backward(x0[now], y[now], t[now], eps[now])
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -139,7 +143,7 @@ class Trainer:
         x0 = torch.zeros(self.part, *self.shape, device=self.device)
         y = torch.zeros(self.part, dtype=torch.long, device=self.device)
         begin = time.perf_counter()
-        self.loss(x0, y, y, x0).backward()
+        self.backward(x0, y, y, x0)
         sum(p.grad.sum() for p in self.model.parameters()).item()  # waits for the GPU
         self.model.zero_grad()
         return (time.perf_counter() - begin) * self.args.accumulate

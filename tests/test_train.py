@@ -321,6 +321,7 @@ def test_every_objective_trains(images, tmp_path):
         assert run("--dataset", images, *TINY, "--steps", 40, *options, "--run-dir", tmp_path / str(i)) == 0
         course = losses(tmp_path / str(i))
         assert sum(course[-5:]) < 0.9 * sum(course[:5])
+    assert torch.backends.cuda.flash_sdp_enabled()  # again, after bf16
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's description of the CPU")
