@@ -37,6 +37,7 @@ DEFAULTS = dict(
     dataset=None, data_dir="data", image_size=None,
     learn_sigma=False, gradient_checkpointing=False,
     schedule="flow", prediction="x0", timestep_distribution="logit-normal", min_snr=None, label_dropout=0.1,
+    guidance=None, guidance_interval=None,
     accumulate=1, optimizer="muon", warmup=100, lr_schedule="cosine", weight_decay=0.0, clip=1.0, ema=0.999,
     save_every=500, seed=0,
 )
@@ -51,7 +52,10 @@ PRESETS = {
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
 # on --resume
-MAY_CHANGE = {"steps", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing"}
+MAY_CHANGE = {
+    "steps", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing", "guidance",
+    "guidance_interval",
+}
 LOG_EVERY = 10  # steps between looks at the loss, each of which waits for the GPU
 
 
@@ -97,6 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(process, "--timestep-distribution", "which noise levels it sees", choices=TIMESTEP_DISTRIBUTIONS)
     add(process, "--min-snr", "weight the loss by min(SNR, this); 5 is usual (default: off)", type=number(float, 1e-9))
     add(process, "--label-dropout", "share of labels hidden, for guidance", type=fraction)
+    usual = "to draw the samples with (default: 2 at timesteps 300 to 800 for flow, else 1.5; 1 without dropped labels)"
+    add(process, "--guidance", f"weight of guidance {usual}", type=number(float, 0, 100))
+    at = dict(nargs=2, type=number(int, 0, 999), metavar=("LOW", "HIGH"))
+    add(process, "--guidance-interval", "with --guidance: at these timesteps alone (default: at all)", **at)
     optim = parser.add_argument_group("optimization")
     add(optim, "--steps", "of training, in all", type=one)
     add(optim, "--batch-size", "images a step, over all processes", type=one)
@@ -127,7 +135,11 @@ def settle(given: argparse.Namespace, device: torch.device, saved: dict | None) 
         if explicit[name] != saved.get(name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} was {saved.get(name)} in this run and cannot change: leave it out")
-    return argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **(saved or {}), **explicit})
+    args = argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **(saved or {}), **explicit})
+    low, high = args.guidance_interval or (0, 0)
+    if low > high or (args.guidance_interval and args.guidance is None):
+        raise UsageError("--guidance-interval takes LOW and HIGH, LOW <= HIGH, and needs --guidance")
+    return args
 
 
 class TrainingError(Exception):

@@ -173,11 +173,13 @@ class Trainer:
 
 
 def default_guidance(args: argparse.Namespace) -> dict:
-    """guidance and interval, as `sample` takes them, to draw with unless told.
+    """guidance and interval, as `sample` takes them, to draw with unless told otherwise.
 
     With flow, guiding the middle of the way alone is better by every measure (assets/recipe.md), and cheaper.
     Without dropped labels there is no unconditional prediction to move away from.
     """
+    if args.guidance is not None:
+        return dict(guidance=args.guidance, interval=args.guidance_interval)
     if not args.label_dropout:
         return dict(guidance=1.0, interval=None)
     if args.schedule == "flow":

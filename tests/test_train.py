@@ -324,6 +324,18 @@ def test_every_objective_trains(images, tmp_path):
     assert torch.backends.cuda.flash_sdp_enabled()  # again, after bf16
 
 
+def test_guidance_of_ones_own_is_kept_with_the_weights(tiny_run, images, tmp_path):
+    assert checkpoint.load(tiny_run)["guidance"] == 2.0
+    own = ["--guidance", 1.5, "--guidance-interval", 200, 900]
+    run("--dataset", images, *TINY, "--steps", 2, *own, "--run-dir", tmp_path / "run")
+    for name in ("checkpoint.pt", "weights.safetensors"):
+        state = checkpoint.load(tmp_path / "run" / name)
+        assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
+    for bad in (["--guidance-interval", 200, 900], ["--guidance", 2, "--guidance-interval", 9, 8]):
+        with pytest.raises(UsageError, match="LOW <= HIGH, and needs --guidance"):
+            run("--dataset", images, *TINY, *bad)
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's description of the CPU")
 def test_bfloat16_is_the_default_where_the_cpu_multiplies_it_fast():
     fast = "amx_bf16" in Path("/proc/cpuinfo").read_text() and hasattr(torch.cpu, "get_capabilities")
