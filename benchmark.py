@@ -102,6 +102,7 @@ def show(values: list[float], form: str = ",.0f") -> str:
 
 def train_row(precision: str, model: str, optimizer: str, batch: int, device: torch.device, rounds: int) -> str:
     """One line of the table of training: ours, and the plain step of the same network, in turn."""
+    torch.compiler.reset()  # or else, after some networks of other shapes, it would give up compiling
     flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
     args = train.settle(train.parse_args(flags.split()), device, None)
     config = DiTConfig(**MODELS[model])

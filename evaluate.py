@@ -325,8 +325,13 @@ def draw_sweep(what: str, results: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
         if what != "guidance":
+            ticks = sorted({r["calls"] for r in results})
             axis.set_xscale("log")
+            axis.set_xticks(ticks, ticks)
+            axis.set_xticks([], minor=True)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=120)
 
 
