@@ -1,6 +1,6 @@
 """Measure speed: the machine's matrix products, training, and sampling.
 
-    python benchmark.py                                      tables in Markdown, some minutes
+    python benchmark.py                                      tables in Markdown, some ten minutes
     python benchmark.py --models DiT-N/7 DiT-S/2
 
 Training is told in images a second, and as the share of the machine's peak: the floating-point operations of the
@@ -148,8 +148,7 @@ def run(args: argparse.Namespace) -> None:
     device = inference.pick_device(args.device)
     make_deterministic(device)
     weights = args.checkpoint or inference.find_checkpoint()
-    state = checkpoint.load(weights)
-    model, diffusion, description = checkpoint.build(state, device)
+    model, diffusion, description = checkpoint.build(checkpoint.load(weights), device)
     guidance = {name: description[name] for name in ("guidance", "interval")}
     cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
     cases = cases + [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]

@@ -118,11 +118,10 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     for space, f in generated.items():
         target, f = reference[f"{space}.{against}"].double(), f.double()
         groups = torch.zeros(n) if labels is None else labels
-        real = reference[f"{space}.{other}"].double()
         table[f"FD, {space}"] = dict(
             generated=judge.frechet_distance(f, target),
             interval=bootstrap(lambda i, f=f, target=target: judge.frechet_distance(f[i], target), groups),
-            real=float(np.mean([judge.frechet_distance(real[index], target) for index in yardsticks])),
+            real=judge.expected_distance(reference[f"{space}.{other}"], target, yardsticks),
         )
         floors = {f"rho, {space}": table[f"FD, {space}"]["real"]}
         if against == "test":

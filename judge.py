@@ -135,11 +135,15 @@ def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
     return classifier.eval(), random, reference
 
 
-def expected_distance(f: Tensor, target: Tensor, n: int, draws: int = 20) -> float:
-    """The mean Fréchet distance of n of the features f, drawn at random, to those of `target`."""
+def some(total: int, n: int, draws: int = 20) -> list[Tensor]:
+    """Choices of n indices of `total`, drawn at random."""
     generator = seeded(0, 2)
-    some = [torch.randperm(len(f), generator=generator)[:n] for _ in range(draws)]
-    return sum(frechet_distance(f[index], target) for index in some) / draws
+    return [torch.randperm(total, generator=generator)[:n] for _ in range(draws)]
+
+
+def expected_distance(f: Tensor, target: Tensor, choices: list[Tensor]) -> float:
+    """The mean Fréchet distance of features f (N, D), at each of some choices of indices, to those of `target`."""
+    return sum(frechet_distance(f[index], target) for index in choices) / len(choices)
 
 
 def make(data_dir: str) -> None:
@@ -159,7 +163,9 @@ def make(data_dir: str) -> None:
         print(f"{name}: accuracy {(logits.argmax(1) == labels).double().mean():.2%} of {len(labels):,} images")
     for name, network in (("classifier", classifier), ("random", random)):
         every, target = features(network, train.pixels), reference[f"{name}.test"].float()
-        reference[f"{name}.floor"] = torch.tensor([expected_distance(every, target, n) for n in COUNTS])
+        reference[f"{name}.floor"] = torch.tensor([
+            expected_distance(every, target, some(len(every), n)) for n in COUNTS
+        ])
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     for path, tensors in ((CLASSIFIER, weights), (REFERENCE, reference)):
         checkpoint.write_whole(path, lambda file, tensors=tensors: file.write(save(tensors)))

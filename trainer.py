@@ -92,7 +92,7 @@ class Trainer:
         return [value[self.mine].to(self.device) for value in (t, u, eps)]
 
     def backward(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Add the gradient of a part of a batch to what is there; the loss."""
+        """Add the gradient of a part of a batch to what is there; the share of that part in the loss."""
         bf16 = self.args.precision == "bf16"
         # On a CPU fused attention in bfloat16 is ten times slower than matrix products and a softmax.
         attention = sdpa_kernel(SDPBackend.MATH) if bf16 and self.device.type == "cpu" else nullcontext()
