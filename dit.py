@@ -1,15 +1,18 @@
 """The network: a Diffusion Transformer with adaLN-Zero conditioning.
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, sections 3.1 and 3.2.
-Small parts come first, in the order in which an image passes through them:
 
-    image -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> image
+The network receives a noisy image x, the timestep t that says how noisy it is, and a label y. The image is cut into
+square patches, and each patch becomes one token of a transformer. The timestep and the label become one vector c, which
+steers every layer. The parts stand in this file in the order in which an image passes through them:
+
+    x     -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> image
                                       ^                     ^
     t, y  -> embeddings -> c ---------+---------------------+
 
-Parameters carry the names of the official code, so its published weights load with `strict=True`.
+The parameters carry the names of the official code, so that its published weights load with `strict=True`.
 
-Shapes: B batch, C channels, H W height and width, P patch size, N = (H/P)(W/P) tokens, D width.
+Shapes: B batch, C channels, H W height and width, P patch size, N = (H/P)(W/P) tokens, D width of a token.
 """
 
 import math
@@ -20,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# width, depth, heads. S to XL are Table 1 of the paper; the smaller ones (nano, micro, tiny) are for 28x28 digits.
+# Each size is (width, depth, heads). S to XL are Table 1 of the paper. N, U, T (nano, micro, tiny) are for small images,
+# such as digits of 28 x 28 pixels, which a patch size of 7 cuts into 4 x 4 tokens.
 SIZES = {
     "N": (128, 5, 4),
     "U": (160, 5, 5),
@@ -40,16 +44,16 @@ MODELS = {
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a DiT: `DiTConfig(**MODELS["DiT-S/2"], image_size=32, in_channels=4)`.
+    """The shape of a DiT, for example `DiTConfig(**MODELS["DiT-S/2"], image_size=32, in_channels=4)`.
 
-    image_size:  height and width in pixels (images are square), a multiple of patch_size
-    in_channels: channels of the image, C
-    hidden_size: width of a token, D; a multiple of num_heads and of 4
-    mlp_ratio:   hidden width of the MLP over D
-    num_classes: 0 for an unconditional model; the null class of guidance has index num_classes
-    learn_sigma: give 2C output channels, the second half for the variance
+    image_size:  height and width in pixels; images are square, and this is a multiple of patch_size
+    in_channels: C, the channels of an image
+    hidden_size: D, the width of a token; a multiple of num_heads and of 4
+    mlp_ratio:   the width inside the MLP, divided by D
+    num_classes: 0 for an unconditional model; the null class ("no label") gets the index num_classes
+    learn_sigma: predict 2C output channels, of which the second half describes the variance
 
-    Raises ValueError, naming the fix, where the numbers do not go together.
+    Raises ValueError, with the fix in its message, where the numbers do not fit together.
     """
 
     image_size: int = 28
@@ -89,7 +93,7 @@ class DiTConfig:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Cut images (B, C, H, W) into tokens (B, N, P*P*C), row by row; within one: rows, columns, channels."""
+    """Cut images (B, C, H, W) into patches (B, N, P*P*C), row by row. A patch lists its pixels row by row as well."""
     B, C, H, W = x.shape
     x = x.view(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
@@ -104,7 +108,11 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sine and cosine, each (M, dim/2), of M positions at frequencies 1 ... 1/10000, geometrically spaced."""
+    """Sines and cosines, each (M, dim/2), of positions (M,) at dim/2 frequencies from 1 down towards 1/10000.
+
+    The frequencies form a geometric series, as in "Attention Is All You Need", arXiv 1706.03762, section 3.5. The fast
+    ones tell neighbours apart, the slow ones tell far from near.
+    """
     exponent = torch.arange(dim // 2, dtype=position.dtype, device=position.device) / (dim // 2)
     frequency = torch.exp(-math.log(10000) * exponent)
     angle = position[:, None] * frequency
@@ -112,14 +120,17 @@ def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def position_table(side: int, dim: int) -> Tensor:
-    """Fixed 2-D sin-cos positions (1, side*side, dim): half the width for the column, half for the row."""
+    """Fixed 2-D sin-cos positions (1, side*side, dim). The first half tells the column, the second the row."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     columns, rows = sincos(column.flatten().double(), dim // 2), sincos(row.flatten().double(), dim // 2)
     return torch.cat([*columns, *rows], dim=1).float()[None]
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, N, D). A convolution of stride P, done as one matrix product."""
+    """Images (B, C, H, W) -> tokens (B, N, D).
+
+    This is a convolution whose windows do not overlap, so one matrix product of all patches computes it, and faster.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -131,7 +142,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,), integer or fractional, in [0, T) with T about 1000 -> (B, D)."""
+    """Timesteps (B,), integer or fractional, in [0, T) -> (B, D). The frequencies suit a T of about 1000."""
 
     def __init__(self, hidden_size: int, frequencies: int = 256):
         super().__init__()
@@ -146,7 +157,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) in 0 ... num_classes -> (B, D). The last row is the null class: "no label given"."""
+    """Labels (B,) in 0 ... num_classes -> (B, D). The last row of the table is the null class, "no label"."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -169,13 +180,16 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)             # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(D/heads)) v
+        x = F.scaled_dot_product_attention(q, k, v)      # softmax(q k^T / sqrt(D/heads)) v, (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU, arXiv 1606.08415, in the tanh form. As (1 + tanh u) / 2 is sigmoid(2u), an exponential does for the tanh:
-    compiled for a CPU that is three times as fast, and 1/8 of a training step."""
+    """GELU (arXiv 1606.08415) in its tanh form, x (1 + tanh u) / 2.
+
+    Since (1 + tanh u) / 2 is sigmoid(2u), both lines below are the same function. Compiled for a CPU, the sigmoid is
+    three times as fast as the tanh, which saves one eighth of a training step.
+    """
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
@@ -194,26 +208,28 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift and scale every token of x (B, N, D) by (B, D). Written 1 + scale so that zero leaves x as it is."""
+    """Scale and shift every token of x (B, N, D) by vectors (B, D). Thanks to 1 + scale, zeros leave x as it is."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
-    """A pre-norm transformer block whose LayerNorms take scale and shift from c, and its branches a gate.
+    """A transformer block with adaLN-Zero: the condition c scales, shifts and gates both of its branches.
 
-    At initialisation the modulation is zero, so both gates are zero and the block is the identity. It learns all the
-    same, for a gate's gradient is its branch's output, which is not zero. Since the final layer starts at zero too, the
-    first step moves that layer alone, the second also the modulations, and the third everything.
+    x: tokens (B, N, D), c: condition (B, D) -> (B, N, D)
+
+    The modulation starts at zero, so both gates are zero and the block is the identity. It can learn nevertheless,
+    because the gradient of a gate is the output of its branch, and that is not zero. The final layer starts at zero as
+    well. So the first training step moves only the final layer, the second also the modulations, the third everything.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        # No affine weights in the norms: scale and shift come from c.
+        # The norms have no weights of their own, since their scale and shift come from c.
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, mlp_ratio)
-        # SiLU first: c leaves its embedders as a plain sum, so without it this map of (t, y) would be linear in c.
+        # c is a plain sum of two embeddings. The SiLU lets the modulation depend on t and y together, not as a sum.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -224,7 +240,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) -> patches (B, N, P*P*C_out), conditioned on c like a block."""
+    """Tokens (B, N, D), condition (B, D) -> patches (B, N, P*P*C_out)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -240,8 +256,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The Diffusion Transformer.
 
-    gradient_checkpointing: recompute each block in the backward pass rather than keep its activations: about a third
-    more time for a small fraction of the memory, which is what the large sizes need.
+    gradient_checkpointing: compute the activations inside a block again in the backward pass, rather than keep them. It
+    takes about a third more time and a small fraction of the memory, which the large sizes need.
     """
 
     def __init__(self, config: DiTConfig, gradient_checkpointing: bool = False):
@@ -252,7 +268,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(P, C, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
-        # A fixed table is enough: with all positions on one small grid a learned one converges to much the same.
+        # The positions are fixed. A learned table would converge to much the same on one small grid.
         self.register_buffer("pos_embed", position_table(config.image_size // P, D))
         self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, P, 2 * C if config.learn_sigma else C)
@@ -263,22 +279,25 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # flat, because it acts as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
         for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)  # not 0.02: labels are heard from the start
-        # Zero last, so that nothing above undoes it: every block starts as the identity, and the output as 0.
+        # The paper's 0.02 would make labels almost silent at first; with 0.5 they count from the start.
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)
+        # These zeros come last, so that nothing above undoes them. Each block starts as the identity, the output as 0.
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
         for module in (*modulations, self.final_layer.linear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict from noisy images.
+        """What the network predicts for noisy images: (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
 
-        x: (B, C, H, W) float, t: (B,) timesteps in [0, T), y: (B,) int64 labels in 0 ... num_classes (the last is the
-        null class); None for no labels at all. Returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
+        x: (B, C, H, W) float, the noisy images
+        t: (B,) their timesteps, in [0, T)
+        y: (B,) int64 labels in 0 ... num_classes, where the last is the null class; None gives all the null class
+
         Raises ValueError for images of another shape than the configuration's.
         """
         config = self.config

@@ -1,13 +1,16 @@
-"""The judge of generated digits: a classifier, a second space of features, and how real images look in both.
+"""The judge of generated digits: two spaces of features, a distance in them, and how real images look in both.
 
-    python judge.py              train it anew, and write the two files below
+    python judge.py              train the classifier anew, and write the two files below
 
-assets/classifier.safetensors is the classifier. assets/reference.safetensors holds the features of the 10,000 test
+The first space is the last hidden layer of a classifier, the second a network of random filters. The distance of two
+sets of images is the Fréchet distance (FD) of arXiv 1706.08500: that of two Gaussians which have the mean and the
+covariance of each set. (The usual features, of the Inception network, are made for colour photographs and say little of
+grey digits.)
+
+assets/classifier.safetensors holds the classifier. assets/reference.safetensors holds the features of the 10,000 test
 images, and of 10,000 training images that the classifier never saw. So samples are judged without MNIST at hand.
 """
 
-import argparse
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -19,15 +22,17 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
-from inference import UsageError, fail, seeded
+from cli import Parser, UsageError, run_script
+from sampling import seeded
 
 CLASSIFIER = Path(__file__).parent / "assets" / "classifier.safetensors"
 REFERENCE = Path(__file__).parent / "assets" / "reference.safetensors"
 HELD_OUT = 10_000  # training images kept from the classifier: what to tune on, and to compare with
-COUNTS = (20, 100, 1000, 3000, 10_000)  # of images, for which the reference tells the distance of real ones
+COUNTS = (20, 100, 1000, 3000, 10_000)  # of images, for which the reference holds the distance of real ones
 
 
 def conv(c_in: int, c_out: int) -> list[nn.Module]:
+    """Images (B, c_in, H, W) -> (B, c_out, H, W)."""
     return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
 
 
@@ -54,7 +59,7 @@ class Classifier(nn.Module):
 class RandomFeatures(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> features (B, 64): three layers of random filters that nobody trained.
 
-    It knows nothing of digits and sees what a classifier learns to overlook: noise, contrast, the seams of patches.
+    They know nothing of digits, and see what a classifier learns to overlook: noise, contrast, the seams of patches.
     """
 
     def __init__(self):
@@ -69,12 +74,12 @@ class RandomFeatures(nn.Module):
         x = F.relu(F.conv2d(x, self.filters0, stride=2, padding=2))  # (B, 16, 14, 14)
         x = F.relu(F.conv2d(x, self.filters1, stride=2, padding=1))  # (B, 32, 7, 7)
         x = F.conv2d(x, self.filters2, stride=2, padding=1)          # (B, 64, 4, 4)
-        return x.square().mean((2, 3)).sqrt()                        # the energy of each filter
+        return x.square().mean((2, 3)).sqrt()                        # the energy of each filter, (B, 64)
 
 
 @torch.no_grad()
 def features(network: Classifier | RandomFeatures, images: Tensor) -> Tensor:
-    """Features (N, 64) of images (N, 1, 28, 28): uint8, or float in [-1, 1]."""
+    """Features (N, 64) of images (N, 1, 28, 28), which are uint8 or float in [-1, 1]."""
     parts = images.split(500)
     return torch.cat([network.features(part if part.is_floating_point() else dataset.to_float(part)) for part in parts])
 
@@ -85,8 +90,35 @@ def frechet_distance(f: Tensor, g: Tensor) -> float:
     A, B = f.T.cov(), g.T.cov()
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()  # tr (A B)^1/2, of a symmetric matrix
+    # The eigenvalues of A B are those of the symmetric matrix A^1/2 B A^1/2.
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
     return float((f.mean(0) - g.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+def expected_distance(f: Tensor, target: Tensor, choices: list[Tensor]) -> float:
+    """The mean Fréchet distance to `target` (M, D) of features f (N, D), taken at each of some choices of indices."""
+    return sum(frechet_distance(f[index], target) for index in choices) / len(choices)
+
+
+def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
+    """The classifier, the random network, and what they make of real images. Raises UsageError.
+
+    The last is a dict. classifier.test, classifier.held_out, random.test and random.held_out are features (10,000, 64),
+    labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the Fréchet
+    distances to the test images that COUNTS random training images have on average.
+    """
+    classifier, random = Classifier(), RandomFeatures()
+    try:
+        classifier.load_state_dict(load_file(CLASSIFIER))
+        reference = {name: tensor.float() for name, tensor in load_file(REFERENCE).items()}
+        filters = {name: reference.pop(f"filters.{name}") for name in random.state_dict()}
+    except Exception as error:  # missing, cut short, or of another version of this file
+        raise UsageError(f"cannot read {CLASSIFIER} and {REFERENCE}: make them anew with python judge.py") from error
+    random.load_state_dict(filters)
+    return classifier.eval(), random, reference
+
+
+# ------------------------------------------------------------------------------------------------------ how it is made
 
 
 def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,7 +132,7 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128, seed: int = 0) -> Classifier:
-    """A classifier of the images (N, 1, 28, 28), uint8, trained with random distortions."""
+    """A classifier of images (N, 1, 28, 28), uint8, trained with random distortions."""
     torch.manual_seed(seed)
     model, generator = Classifier().to(memory_format=torch.channels_last), seeded(seed, 1)
     steps = epochs * len(labels) // batch_size
@@ -115,35 +147,6 @@ def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128,
         optimizer.step()
         schedule.step()
     return model.eval()
-
-
-def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
-    """The classifier, the random network, and what they make of real images:
-
-    classifier.test, classifier.held_out, random.test, random.held_out, each (10,000, 64), labels.test and
-    labels.held_out (10,000,), and classifier.floor and random.floor (5,): the Fréchet distance to the test images that
-    COUNTS random training images have on average. Raises UsageError.
-    """
-    classifier, random = Classifier(), RandomFeatures()
-    try:
-        classifier.load_state_dict(load_file(CLASSIFIER))
-        reference = {name: tensor.float() for name, tensor in load_file(REFERENCE).items()}
-        filters = {name: reference.pop(f"filters.{name}") for name in random.state_dict()}
-    except Exception as error:  # missing, cut short, or of another version of this file
-        raise UsageError(f"cannot read {CLASSIFIER} and {REFERENCE}: make them anew with python judge.py") from error
-    random.load_state_dict(filters)
-    return classifier.eval(), random, reference
-
-
-def some(total: int, n: int, draws: int = 20) -> list[Tensor]:
-    """Choices of n indices of `total`, drawn at random."""
-    generator = seeded(0, 2)
-    return [torch.randperm(total, generator=generator)[:n] for _ in range(draws)]
-
-
-def expected_distance(f: Tensor, target: Tensor, choices: list[Tensor]) -> float:
-    """The mean Fréchet distance of features f (N, D), at each of some choices of indices, to those of `target`."""
-    return sum(frechet_distance(f[index], target) for index in choices) / len(choices)
 
 
 def make(data_dir: str) -> None:
@@ -162,27 +165,22 @@ def make(data_dir: str) -> None:
         logits = classifier.head(reference[f"classifier.{name}"].float())
         print(f"{name}: accuracy {(logits.argmax(1) == labels).double().mean():.2%} of {len(labels):,} images")
     for name, network in (("classifier", classifier), ("random", random)):
-        every, target = features(network, train.pixels), reference[f"{name}.test"].float()
-        reference[f"{name}.floor"] = torch.tensor([
-            expected_distance(every, target, some(len(every), n)) for n in COUNTS
-        ])
+        every, target, floors = features(network, train.pixels), reference[f"{name}.test"].float(), []
+        for n in COUNTS:
+            generator = seeded(0, 2)
+            choices = [torch.randperm(len(every), generator=generator)[:n] for _ in range(20)]
+            floors.append(expected_distance(every, target, choices))
+        reference[f"{name}.floor"] = torch.tensor(floors)
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     for path, tensors in ((CLASSIFIER, weights), (REFERENCE, reference)):
         checkpoint.write_whole(path, lambda file, tensors=tensors: file.write(save(tensors)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the judge of evaluate.py; writes its files in assets/.")
+    parser = Parser(description="Train the judge of evaluate.py. Writes its files in assets/.")
     parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
-    try:
-        make(parser.parse_args().data_dir)
-    except dataset.DataError as error:
-        sys.exit(fail(error))
-    except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(fail(error, status=1))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    make(parser.parse_args().data_dir)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, bad_usage=(dataset.DataError,))

@@ -47,5 +47,5 @@ def tiny_run(images, tmp_path_factory) -> Path:
     """The folder of a finished run of 20 steps on these images."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
     arguments = ["--dataset", str(images), *TINY, "--steps", "20", "--save-every", "10", "--run-dir", str(folder)]
-    assert train.train(train.parse_args(arguments)) == 0
+    assert train.main(arguments) == 0
     return folder

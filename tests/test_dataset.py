@@ -13,7 +13,7 @@ from PIL import Image
 
 import dataset
 from dataset import DataError, FolderPixels, Images, batches, index_batches, load, to_float
-from inference import to_uint8
+from sampling import to_uint8
 
 
 def write_idx(folder, train: int = 20, test: int = 10) -> None:
@@ -199,14 +199,14 @@ def test_loose_images_have_no_classes(tmp_path):
 def test_images_of_any_mode_are_read(tmp_path, mode, color, expected):
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     save(path, mode, color=color)
-    assert FolderPixels([path], 4)[0][:, 0, 0].tolist() == expected
+    assert FolderPixels(tmp_path, 4)[0][:, 0, 0].tolist() == expected
 
 
 def test_images_are_resized_on_the_shorter_side_and_cropped_at_the_centre(tmp_path):
     pixels = np.zeros((20, 60), np.uint8)
     pixels[:, 20:40] = 255  # a white square in the middle
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = FolderPixels([tmp_path / "a.png"], 10)[0]
+    image = FolderPixels(tmp_path, 10)[0]
     assert image.shape == (1, 10, 10)
     assert image[:, 2:-2, 2:-2].min() == 255
 

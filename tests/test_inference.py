@@ -9,11 +9,14 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 import checkpoint
+import cli
 import inference
 from checkpoint import CheckpointError
+from cli import UsageError
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
-from inference import ImageNoise, UsageError, parse_labels, sample
+from inference import parse_labels
+from sampling import ImageNoise, sample
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def draw(tiny_run, tmp_path, monkeypatch):
 
     def run(*arguments: object, weights: object = tiny_run):
         words = ["--checkpoint", weights, "--device", "cpu", *arguments] if weights else arguments
-        return inference.run(inference.parse_args([str(a) for a in words]))
+        return inference.draw(inference.parse_args([str(a) for a in words]))
 
     return run
 
@@ -150,7 +153,7 @@ def test_labels_are_numbers_names_or_ranges():
         (["--seed", 2**32], "use 0 to 4294967295"),
         (["--eta", 0.5], "with --sampler ddim"),
         (["--guidance", "nan"], "finite"),
-        (["--guidance-interval", 500, 100], "LOW <= HIGH"),
+        (["--guidance", 2, 500, 100], "LOW <= HIGH"),
         (["--labels", 3], "the classes are 0 to 2"),
         (["--labels", "seven"], "names: dark, grey, light"),
         (["--output", "digits.jpg"], "must end in .png"),
@@ -175,7 +178,7 @@ def test_a_file_that_is_there_is_not_overwritten(draw, tmp_path):
 
 
 def test_without_weights_it_says_how_to_get_some(draw, monkeypatch, tmp_path):
-    monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "none.safetensors")
+    monkeypatch.setattr(cli, "BUNDLED_WEIGHTS", tmp_path / "none.safetensors")
     with pytest.raises(UsageError, match=r"python train\.py"):
         draw(weights=None)
     with pytest.raises(CheckpointError, match="no checkpoint"):
@@ -183,26 +186,26 @@ def test_without_weights_it_says_how_to_get_some(draw, monkeypatch, tmp_path):
 
 
 def test_bare_it_takes_the_newest_run_then_the_bundled_weights(draw, monkeypatch, tmp_path, tiny_run):
-    monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "bundled.safetensors")
+    monkeypatch.setattr(cli, "BUNDLED_WEIGHTS", tmp_path / "bundled.safetensors")
     (tmp_path / "bundled.safetensors").write_bytes((tiny_run / "weights.safetensors").read_bytes())
-    assert inference.find_checkpoint().name == "bundled.safetensors"
+    assert cli.find_checkpoint().name == "bundled.safetensors"
     assert draw("--per-class", 2, weights=None).exists()
     for name in ("old", "new"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
     os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
-    assert inference.find_checkpoint().parent.name == "new"
+    assert cli.find_checkpoint().parent.name == "new"
 
 
 def test_the_guidance_of_the_weights_is_the_default_and_a_weight_of_ones_own_acts_throughout(tiny_run):
     def settings(*words):
         args = inference.parse_args(["--checkpoint", str(tiny_run), "--device", "cpu", *words])
-        draw = inference.open_model(args)[0]
-        return draw.keywords["guidance"], draw.keywords["interval"]
+        settings = cli.open_model(args).settings
+        return settings["guidance"], settings["interval"]
 
     assert settings() == (2.0, [300, 800])
     assert settings("--guidance", "3") == (3.0, None)
-    assert settings("--guidance-interval", "100", "200") == (2.0, [100, 200])
+    assert settings("--guidance", "3", "100", "200") == (3.0, [100, 200])
 
 
 def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
@@ -225,7 +228,7 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path):
 def test_drawing_imports_neither_torchvision_nor_pyplot(tiny_run, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import inference; "
-        f"inference.run(inference.parse_args(['--checkpoint', {str(tiny_run)!r}, '--steps', '2'])); "
+        f"inference.draw(inference.parse_args(['--checkpoint', {str(tiny_run)!r}, '--steps', '2'])); "
         "assert not {'torchvision', 'matplotlib', 'torch._dynamo', 'dataset'} & set(sys.modules), sys.modules.keys()"
     )
     result = run_script("-c", code, cwd=tmp_path)

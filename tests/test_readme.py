@@ -11,6 +11,7 @@ from PIL import Image
 import dataset
 import evaluate
 import inference
+import settings
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -44,7 +45,7 @@ def downloads(monkeypatch):
 
 def test_every_command_runs(downloads, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SWEEPS", {"steps": ("--steps", [2]), "guidance": ("--guidance", [1.0])})
+    monkeypatch.setattr(evaluate, "SWEEPS", {"steps": ("--steps", [dict(steps=2)])})
     for i in range(8):
         (tmp_path / "my-images").mkdir(exist_ok=True)
         Image.new("RGB", (40, 32), (30 * i, 0, 0)).save(tmp_path / "my-images" / f"{i}.jpg")
@@ -64,18 +65,19 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
         if name in ("benchmark.py", "judge.py"):  # minutes even so: test_benchmark and test_evaluate run them
             continue
         if name == "train.py":
-            assert train.train(train.parse_args([*arguments, *fewer])) == 0
+            assert train.main([*arguments, *fewer]) == 0
         elif name == "evaluate.py":
             fewer += [] if {"--sweep", "--npz"} & set(arguments) else ["--steps", "2"]
-            assert evaluate.run(evaluate.parse_args([*arguments, *fewer])).exists()
+            assert evaluate.evaluate(evaluate.parse_args([*arguments, *fewer])).exists()
         else:
-            assert inference.run(inference.parse_args([*arguments, *fewer])).exists()
+            assert inference.draw(inference.parse_args([*arguments, *fewer])).exists()
         ran += 1
     assert ran >= 8
 
 
 def test_every_flag_in_the_readme_exists():
-    helps = "".join((ROOT / name).read_text() for name in FEWER)
+    helps = "".join((ROOT / name).read_text() for name in (*FEWER, "cli.py"))
+    helps += "".join(f'"--{name.replace("_", "-")}"' for name in settings.DEFAULTS)
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert flags
     for flag in flags:

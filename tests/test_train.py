@@ -15,17 +15,19 @@ import torch
 from conftest import ROOT, TINY, run_script
 
 import checkpoint
+import cli
 import dataset
 import train
 from checkpoint import CheckpointError
+from cli import UsageError
 from dataset import IDX_FILES, DataError
-from inference import UsageError
-from train import parse_args, settle
-from trainer import Trainer, learning_rate, update_ema
+from run import TrainingError, new_folder
+from settings import parse_args, settle
+from train import Trainer, learning_rate, update_ema
 
 
 def run(*arguments: object) -> int:
-    return train.train(parse_args([str(a) for a in arguments]))
+    return train.main([str(a) for a in arguments])
 
 
 def losses(folder) -> list[float]:
@@ -169,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(Trainer, "step", broken)
     arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run-dir", tmp_path / "run"]
     message = "loss or gradient not finite at step 17; the checkpoint of step 10 in .*run is good"
-    with pytest.raises(train.TrainingError, match=message):
+    with pytest.raises(TrainingError, match=message):
         run(*arguments)
     state = checkpoint.load(tmp_path / "run")
     assert state["step"] == 10
@@ -217,7 +219,7 @@ def test_a_signal_in_the_last_step_does_not_unfinish_the_run(images, tmp_path, m
 def test_two_runs_that_begin_together_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: train.new_folder(None, "mnist"), range(32)))
+        folders = list(pool.map(lambda _: new_folder("mnist"), range(32)))
     assert len(set(folders)) == 32
 
 
@@ -239,7 +241,7 @@ def test_a_broken_image_in_a_streamed_folder_is_one_line_and_loses_nothing(image
     shutil.copytree(images, folder)
     monkeypatch.setattr(dataset, "MEMORY_LIMIT", 0)
     in_step_4 = next(dataset.index_batches(60, 8, seed=0, start=3))[0]
-    broken = Path(os.fsdecode(dataset.load(str(folder)).pixels.files[in_step_4]))
+    broken = Path(dataset.load(str(folder)).pixels.samples[in_step_4][0])
     broken.write_bytes(broken.read_bytes()[:-40])
     with pytest.raises(DataError) as caught:
         run("--dataset", folder, *TINY, "--steps", 50, "--run-dir", tmp_path / "run")
@@ -295,7 +297,7 @@ def test_settings_that_do_not_go_together_name_the_fix(images, tmp_path, argumen
 )
 def test_bad_flags_are_exit_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_args(arguments.split())
+        cli.run_script(lambda: train.main(arguments.split()))
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
 
@@ -326,20 +328,20 @@ def test_every_objective_trains(images, tmp_path):
 
 def test_guidance_of_ones_own_is_kept_with_the_weights(tiny_run, images, tmp_path):
     assert checkpoint.load(tiny_run)["guidance"] == 2.0
-    own = ["--guidance", 1.5, "--guidance-interval", 200, 900]
+    own = ["--guidance", 1.5, 200, 900]
     run("--dataset", images, *TINY, "--steps", 2, *own, "--run-dir", tmp_path / "run")
     for name in ("checkpoint.pt", "weights.safetensors"):
         state = checkpoint.load(tmp_path / "run" / name)
         assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
-    for bad in (["--guidance-interval", 200, 900], ["--guidance", 2, "--guidance-interval", 9, 8]):
-        with pytest.raises(UsageError, match="LOW <= HIGH, and needs --guidance"):
+    for bad in (["--guidance", 200, 900], ["--guidance", 2, 9, 8], ["--guidance", 2, 9, 1000]):
+        with pytest.raises(UsageError, match="W LOW HIGH with 0 <= LOW <= HIGH <= 999"):
             run("--dataset", images, *TINY, *bad)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's description of the CPU")
 def test_bfloat16_is_the_default_where_the_cpu_multiplies_it_fast():
     fast = "amx_bf16" in Path("/proc/cpuinfo").read_text() and hasattr(torch.cpu, "get_capabilities")
-    assert settle(parse_args([]), torch.device("cpu"), None).precision == ("bf16" if fast else "fp32")
+    assert settle(parse_args([]), torch.device("cpu"), {}).precision == ("bf16" if fast else "fp32")
 
 
 def test_learning_rate_rises_then_falls():
@@ -367,7 +369,7 @@ def test_training_learns_the_classes(images, tmp_path):
     """Dark, grey and light images: after some hundred steps the samples of each class have its brightness."""
     arguments = ["--dataset", images, *TINY, "--batch-size", 32, "--steps", 150, "--save-every", 1000]
     assert run(*arguments, "--run-dir", tmp_path / "run") == 0
-    from inference import sample
+    from sampling import sample
 
     model, diffusion, _ = checkpoint.build(checkpoint.load(tmp_path / "run"))
     out = sample(model, diffusion, torch.tensor([0, 1, 2]).repeat_interleave(8), steps=10, guidance=1.0)

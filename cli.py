@@ -1,0 +1,169 @@
+"""What the command lines share: errors that take one line, the choice of a device, and the weights to draw with."""
+
+import argparse
+import itertools
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from diffusion import SAMPLERS
+from sampling import DEFAULT_STEPS, TrainedModel, is_image
+
+# torchrun starts several processes and tells each its number and how many they are. Alone, a process is number 0 of 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the number among the processes of this machine
+RUNS = Path("runs")
+BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be done. The message is one line that names the fix."""
+
+
+def run_script(
+    work: Callable[[], int | None], bad_usage: tuple = (), failures: tuple = (), memory: str = "lower --batch-size"
+) -> NoReturn:
+    """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
+
+    bad_usage: exceptions that, like UsageError, mean exit status 2
+    failures:  exceptions that, like a full disk, mean status 1: the work had begun and cannot go on
+    memory:    what to do where the GPU's memory is too small
+
+    Any other exception is a fault in the code, and keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+    try:
+        sys.exit(work())
+    except (UsageError, *bad_usage) as error:
+        status, message = 2, error
+    except torch.OutOfMemoryError:
+        status, message = 1, f"the GPU's memory is too small: {memory}"
+    except (OSError, *failures) as error:  # OSError: a full disk, or a folder in which one may not write
+        status, message = 1, error
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{name}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose error is one line, a UsageError, rather than a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
+        raise UsageError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of this kind from low to high."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"is {text}: use {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse shows for a text that is no number at all
+    return parse
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is. Raises UsageError where it is missing."""
+    several = WORLD > 1  # and processes cannot share the GPU of a Mac
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not several, "cpu": True}
+    name = name or next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UsageError(f"no {name} device here: leave --device out, or use --device cpu")
+    if name == "cuda":
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(LOCAL_RANK)
+    return torch.device(name)
+
+
+def output_path(path: Path | None, default: str) -> Path:
+    """Where to write a new file: at `path`, or at outputs/DEFAULT under the next free number. Makes its folder.
+
+    Raises UsageError where a file is there already, or where the suffix is not that of `default`.
+    """
+    suffix = Path(default).suffix
+    if path is None:
+        numbered = (Path("outputs") / f"{Path(default).stem}-{number}{suffix}" for number in itertools.count(1))
+        path = next(free for free in numbered if not free.exists())
+    if path.suffix != suffix:
+        raise UsageError(f"{path} must end in {suffix}")
+    if path.exists():
+        raise UsageError(f"{path} is there already: give another name, or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ weights to draw with
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which weights draw, and how. `open_model` reads them."""
+    flag = parser.add_argument_group("weights").add_argument
+    flag("--checkpoint", type=Path, help="a file, or the folder of a run (default: the newest run, else bundled)")
+    flag("--model", help="for official DiT weights, the model that they are of, such as DiT-XL/2")
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed draws the same images (default: 0)")
+    flag("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise (default: dpm++)")
+    steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
+    flag("--steps", type=int, help=f"timesteps on that way (default: {steps})")
+    flag("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 for none, 1 as in ddpm")
+    guidance = "0 ignores the label, 1 is plain, above 1 exaggerates it; with LOW HIGH, at these timesteps only"
+    flag("--guidance", type=float, nargs="+", metavar="W", help=f"{guidance} (default: what suits the weights)")
+    flag("--batch-size", type=number(int, 1), default=250, help="images at a time, which does not change them")
+    flag("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
+
+
+def guidance_settings(words: list[float], timesteps: int) -> dict:
+    """`--guidance W` or `--guidance W LOW HIGH` as the arguments `guidance` and `interval` of sampling.sample."""
+    weight, *interval = words
+    if not math.isfinite(weight):
+        raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
+    if interval and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps):
+        raise UsageError(f"--guidance takes W alone, or W LOW HIGH with 0 <= LOW <= HIGH <= {timesteps - 1}")
+    return dict(guidance=weight, interval=[int(t) for t in interval] or None)
+
+
+def find_checkpoint() -> Path:
+    """The newest run, else the bundled weights. Raises UsageError where there is neither."""
+    runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    path = runs[-1] if runs else BUNDLED_WEIGHTS
+    if not path.is_file():
+        raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")
+    return path
+
+
+def open_model(args: argparse.Namespace) -> TrainedModel:
+    """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
+    device = pick_device(args.device)
+    args.checkpoint = args.checkpoint or find_checkpoint()
+    model, diffusion, description = checkpoint.build(checkpoint.load(args.checkpoint, args.model), device)
+    T = diffusion.T
+    steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
+    if not 1 <= steps <= T:
+        raise UsageError(f"--steps is {steps}: use 1 to {T}, the timesteps that the model knows")
+    if args.eta and args.sampler != "ddim":
+        raise UsageError(f"--eta is {args.eta}: leave it out, or use it with --sampler ddim")
+    guidance = {name: description[name] for name in ("guidance", "interval")}
+    if args.guidance:
+        guidance = guidance_settings(args.guidance, T)
+    settings = dict(seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta, clip=is_image(model.config))
+    return TrainedModel(model, diffusion, description, {**settings, **guidance})

