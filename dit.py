@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Each size is (width, depth, heads). S to XL are Table 1 of the paper. N, U, T (nano, micro, tiny) are for small images,
-# such as digits of 28 x 28 pixels, which a patch size of 7 cuts into 4 x 4 tokens.
+# Each size is (width, depth, heads). S to XL are Table 1 of the paper; N, U and T (nano, micro, tiny) are for digits.
 SIZES = {
     "N": (128, 5, 4),
     "U": (160, 5, 5),
@@ -108,10 +107,9 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines, each (M, dim/2), of positions (M,) at dim/2 frequencies from 1 down towards 1/10000.
+    """Sines and cosines, each (M, dim/2), of positions (M,) at frequencies that fall geometrically from 1 to 1/10000.
 
-    The frequencies form a geometric series, as in "Attention Is All You Need", arXiv 1706.03762, section 3.5. The fast
-    ones tell neighbours apart, the slow ones tell far from near.
+    The fast ones tell neighbours apart, the slow ones far from near (arXiv 1706.03762, section 3.5).
     """
     exponent = torch.arange(dim // 2, dtype=position.dtype, device=position.device) / (dim // 2)
     frequency = torch.exp(-math.log(10000) * exponent)
@@ -127,10 +125,7 @@ def position_table(side: int, dim: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, N, D).
-
-    This is a convolution whose windows do not overlap, so one matrix product of all patches computes it, and faster.
-    """
+    """Images (B, C, H, W) -> tokens (B, N, D): a convolution of stride P, done as one matrix product of patches."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -256,8 +251,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The Diffusion Transformer.
 
-    gradient_checkpointing: compute the activations inside a block again in the backward pass, rather than keep them. It
-    takes about a third more time and a small fraction of the memory, which the large sizes need.
+    gradient_checkpointing: compute the activations inside a block again in the backward pass, rather than keep them.
+    That takes about a third more time, and a small fraction of the memory.
     """
 
     def __init__(self, config: DiTConfig, gradient_checkpointing: bool = False):
@@ -292,13 +287,10 @@ class DiT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the network predicts for noisy images: (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
+        """What the network predicts for noisy images x: (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
 
-        x: (B, C, H, W) float, the noisy images
-        t: (B,) their timesteps, in [0, T)
-        y: (B,) int64 labels in 0 ... num_classes, where the last is the null class; None gives all the null class
-
-        Raises ValueError for images of another shape than the configuration's.
+        x: (B, C, H, W) float; t: (B,) timesteps in [0, T); y: (B,) int64 labels in 0 ... num_classes, where the last is
+        the null class. Without y all labels are the null class. Raises ValueError for images of another shape.
         """
         config = self.config
         expected = (config.in_channels, config.image_size, config.image_size)

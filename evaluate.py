@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import dataset
@@ -91,7 +90,7 @@ def open_digits_model(args: argparse.Namespace) -> TrainedModel:
     """The model to measure. Raises UsageError where it does not draw digits, or cannot do what is asked."""
     trained = open_model(args)
     config, description, T = trained.model.config, trained.description, trained.diffusion.T
-    digits = description["classes"] == list(dataset.DATASETS["mnist"][1])
+    digits = description["classes"] == list(dataset.DIGITS)
     if not digits or (config.in_channels, config.image_size) != (1, 28):
         learned = f"this model learned from {description['data']}"
         raise UsageError(f"the judge knows digits of 28 x 28 alone, and {learned}: give a checkpoint of MNIST")
@@ -101,17 +100,6 @@ def open_digits_model(args: argparse.Namespace) -> TrainedModel:
     if most > T:
         raise UsageError(f"this sweep goes to {most} steps, the model knows {T}: use --sweep guidance")
     return trained
-
-
-def generate(trained: TrainedModel, labels: Tensor, batch_size: int, what: str, **options) -> tuple[Tensor, float]:
-    """(images (N, 1, 28, 28), uint8, seconds) of the labels (N,)."""
-    images, begin = [], time.perf_counter()
-    with tqdm(total=len(labels), desc=what, unit="image", leave=False, dynamic_ncols=True) as bar:
-        for first in range(0, len(labels), batch_size):
-            part = range(first, min(first + batch_size, len(labels)))
-            images.append(to_uint8(trained.draw(labels[part], indices=part, **options)).cpu())
-            bar.update(len(part))
-    return torch.cat(images), time.perf_counter() - begin
 
 
 def show_table(table: Table) -> str:
@@ -130,6 +118,13 @@ def show_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def draw(trained: TrainedModel, labels: Tensor, *arguments, **options) -> tuple[Tensor, float]:
+    """(images (N, 1, 28, 28), uint8, seconds) of the labels (N,), see TrainedModel.draw."""
+    begin = time.perf_counter()
+    images = to_uint8(trained.draw(labels, *arguments, **options))
+    return images, time.perf_counter() - begin
+
+
 def sweep(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, judges: tuple) -> Iterator[list[dict]]:
     """Measure at each point of a sweep, and print a table line by line. Yields the results so far after each point."""
     results, (flag, points) = [], SWEEPS[args.sweep]
@@ -138,16 +133,15 @@ def sweep(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, judge
     for options in points:
         settings = {**trained.settings, **options}
         low, high = settings["interval"] or (0, math.inf)
-        guided = [settings["guidance"] not in (0, 1) and low <= t <= high
-                  for t in spaced_timesteps(trained.diffusion.T, settings["steps"])]
-        calls = len(guided) + sum(guided)  # where guidance acts, there are two calls
+        timesteps = spaced_timesteps(trained.diffusion.T, settings["steps"])
+        guided = sum(settings["guidance"] not in (0, 1) and low <= t <= high for t in timesteps)  # there are two calls
         name = " ".join(str(value) for value in options.values() if value is not None)
-        images, seconds = generate(trained, labels, args.batch_size, f"{args.sweep} {name}", **options)
-        table = measure(images, labels, judges, args.against)
-        results.append(dict(name=name, **settings, calls=calls, seconds=seconds, numbers=table))
+        images, seconds = draw(trained, labels, args.batch_size, f"{args.sweep} {name}", **options)
+        table = measure(images, labels, judges, args.against.replace("-", "_"))
+        results.append(dict(name=name, **settings, calls=len(timesteps) + guided, seconds=seconds, numbers=table))
         rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
-        accuracy = table["accuracy"]["generated"]
-        print(f"| {name} | {calls} | {seconds:.1f} | {accuracy:.2%} | {rho[0]:.2f} | {rho[1]:.2f} |", flush=True)
+        line = f"| {name} | {len(timesteps) + guided} | {seconds:.1f} | {table['accuracy']['generated']:.2%}"
+        print(f"{line} | {rho[0]:.2f} | {rho[1]:.2f} |", flush=True)
         yield results
 
 
@@ -157,7 +151,7 @@ def draw_sweep(what: str, results: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    x = "guidance" if what == "guidance" else "calls"
+    x, words = ("guidance",) * 2 if what == "guidance" else ("calls", "calls of the network for an image")
     for sampler in sorted({r["sampler"] for r in results}):
         points = [r for r in results if r["sampler"] == sampler]
         for space, line in (("classifier", "o-"), ("random", "o:")):
@@ -166,13 +160,12 @@ def draw_sweep(what: str, results: list[dict], path: Path) -> None:
         accuracy = [100 * r["numbers"]["accuracy"]["generated"] for r in points]
         axes[1].plot([r[x] for r in points], accuracy, "o-", label=sampler)
     for axis, name in zip(axes, ("rho (1: real images)", "accuracy, %"), strict=True):
-        axis.set(xlabel="guidance" if what == "guidance" else "calls of the network for an image", ylabel=name)
+        axis.set(xlabel=words, ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
         if what != "guidance":
-            ticks = sorted({r["calls"] for r in results})
             axis.set_xscale("log")
-            axis.set_xticks(ticks, ticks)
+            axis.set_xticks(ticks := sorted({r["calls"] for r in results}), ticks)
             axis.set_xticks([], minor=True)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter("{x:g}")
@@ -180,56 +173,61 @@ def draw_sweep(what: str, results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def more(args: argparse.Namespace, images: Tensor, labels: Tensor, trained: TrainedModel, mnist: tuple) -> Table:
+    """The measures of --also. mnist: the training and the test set."""
+    table, (train, test) = {}, mnist
+    if "memorization" in args.also:
+        table |= memorization(images, train.pixels, test.pixels, args.output.with_suffix(".png"))
+    if "bits" in args.also:
+        table |= bits_per_dimension(trained.model, trained.diffusion, test.pixels, test.labels)
+    if "train-on-samples" in args.also:
+        table |= train_on_samples(images, labels, train, test)
+    return table
+
+
 def evaluate(args: argparse.Namespace) -> Path:
     """Measure what the command line asks for, and print it. Returns the path of the JSON file.
 
     Raises UsageError, CheckpointError, DataError.
     """
-    path = output_path(args.output, f"sweep-{args.sweep}.json" if args.sweep else "evaluation.json")
-    picture = path.with_suffix(".png")
+    args.output = output_path(args.output, f"sweep-{args.sweep}.json" if args.sweep else "evaluation.json")
+    picture = args.output.with_suffix(".png")
     if picture.exists():
         raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
-    args.against = args.against.replace("-", "_")
-    judges = judge.load()
+    judges, against = judge.load(), args.against.replace("-", "_")
     if args.npz:
-        images, labels = read_npz(args.npz, args.count)
+        trained, result, (images, labels) = None, dict(images=str(args.npz)), read_npz(args.npz, args.count)
         if labels is None and "train-on-samples" in args.also:
             raise UsageError(f"{args.npz} has no labels to train on: add them, or leave --also train-on-samples out")
-        trained, result, how = None, dict(images=str(args.npz)), str(args.npz)
     else:
-        trained = open_digits_model(args)
-        labels = labels_as_in(judges[2][f"labels.{args.against}"], args.count or MOST)
+        trained, images = open_digits_model(args), None
+        labels = labels_as_in(judges[2][f"labels.{against}"], args.count or MOST)
         result = dict(checkpoint=str(args.checkpoint), **trained.settings)
+    how = ", ".join(f"{name} {value}" for name, value in result.items())
+    result |= dict(count=len(labels if images is None else images), against=against)
+    if trained:
         result |= {name: trained.description[name] for name in ("config", "diffusion", "data", "step")}
-        how = f"{args.checkpoint}, " + ", ".join(f"{name} {value}" for name, value in trained.settings.items())
-    result |= dict(count=len(labels) if trained else len(images), against=args.against)
-    mnist = [dataset.load("mnist", args.data_dir, train=which, download=False) for which in (True, False) if args.also]
 
-    def save() -> None:
-        checkpoint.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    def save(**numbers: object) -> None:
+        content = json.dumps(result | numbers, indent=1).encode()
+        checkpoint.write_whole(args.output, lambda file: file.write(content))
 
     if args.sweep:
         for results in sweep(args, trained, labels, judges):
-            result["sweep"] = results
-            save()
+            save(sweep=results)
         draw_sweep(args.sweep, results, picture)
     else:
+        parts = (True, False) if args.also else ()
+        mnist = [dataset.load("mnist", args.data_dir, train=train, download=False) for train in parts]
         if trained:
-            images, result["seconds"] = generate(trained, labels, args.batch_size, "sampling")
-            how += f"; sampled in {result['seconds']:.1f} s"
-        table = result["numbers"] = measure(images, labels, judges, args.against)
-        if "memorization" in args.also:
-            table |= memorization(images, mnist[0].pixels, mnist[1].pixels, picture)
-        if "bits" in args.also:
-            table |= bits_per_dimension(trained.model, trained.diffusion, mnist[1].pixels, mnist[1].labels)
-        if "train-on-samples" in args.also:
-            table |= train_on_samples(images, labels, *mnist)
-        print(f"{len(images):,} images against the {args.against.replace('_', '-')} images; {how}")
-        print(show_table(table))
-        save()
+            images, seconds = draw(trained, labels, args.batch_size)
+            result |= dict(seconds=seconds)
+        table = measure(images, labels, judges, against) | (more(args, images, labels, trained, mnist) if mnist else {})
+        save(numbers=table)
+        print(f"{len(images):,} images against the {args.against} images; {how}\n{show_table(table)}")
     if picture.exists():
         print(picture)
-    return path
+    return args.output
 
 
 def main() -> None:
@@ -237,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, bad_usage=(checkpoint.CheckpointError, dataset.DataError))
+    run_script(main, dataset.DataError)

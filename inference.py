@@ -13,6 +13,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 from cli import RANK, WORLD, Parser, UsageError, add_model_flags, number, open_model, output_path, run_script
 from diffusion import spaced_timesteps
-from sampling import TrainedModel, grid, is_image, to_uint8
+from sampling import TrainedModel, grid, sample, to_uint8
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,8 +86,9 @@ def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
     share the work: in each round every process draws a batch, and process 0 writes them all.
     """
     C, S = trained.model.config.in_channels, trained.model.config.image_size
-    picture = is_image(trained.model.config)
+    picture = trained.is_image
     path = output_path(args.npz or args.output, "latents.npz")
+    draw = partial(sample, trained.model, trained.diffusion, **trained.settings)
     world, n, size = WORLD if args.npz else 1, len(labels), args.batch_size
     if world > 1:
         dist.init_process_group("gloo")
@@ -94,7 +96,7 @@ def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
     def batches() -> Iterator[np.ndarray]:
         for first in tqdm(range(0, n, world * size), unit="batch", disable=RANK > 0):
             indices = range(min(first + RANK * size, n), min(first + (RANK + 1) * size, n))
-            images = trained.draw(labels[indices], indices=indices).cpu() if indices else torch.empty(0, C, S, S)
+            images = draw(labels[indices], indices=indices).cpu() if indices else torch.empty(0, C, S, S)
             drawn = [to_uint8(images).permute(0, 2, 3, 1).numpy() if picture else images.numpy()]
             if world > 1:
                 drawn = drawn * world
@@ -135,18 +137,12 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     shown = timesteps[:: math.ceil(len(timesteps) / (9 if args.trajectory else 40))]
     noisy = {t: [] for t in shown if args.trajectory or args.gif}  # x_t of each batch, at the timesteps shown
     weights = [dict(guidance=weight, interval=None) for weight in args.compare_guidance or ()] or [{}]
-    parts = [range(i, min(i + args.batch_size, len(labels))) for i in range(0, len(labels), args.batch_size)]
-    with tqdm(total=len(weights) * len(parts) * len(timesteps), desc="sampling", unit="step", leave=False) as bar:
-        def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
-            bar.update()
-            if t in noisy:
-                noisy[t].append(x_t.cpu())
 
-        images = torch.cat([
-            trained.draw(labels[part], indices=part, callback=callback, **weight).cpu()
-            for weight in weights
-            for part in parts
-        ])
+    def look(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+        if t in noisy:
+            noisy[t].append(x_t.cpu())
+
+    images = torch.cat([trained.draw(labels, args.batch_size, callback=look, **weight) for weight in weights])
     way = [torch.cat(x_t) for x_t in noisy.values()] + [images]
 
     if args.trajectory:
@@ -164,13 +160,13 @@ def draw(args: argparse.Namespace) -> Path:
     """Draw what the command line asks for. Returns the path of the file. Raises UsageError, CheckpointError."""
     trained = open_model(args)
     classes = trained.description["classes"]
-    if not is_image(trained.model.config) and (args.trajectory or args.gif or args.compare_guidance):
+    if not trained.is_image and (args.trajectory or args.gif or args.compare_guidance):
         raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     if args.npz:
         labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
-    if args.npz or not is_image(trained.model.config):
+    if args.npz or not trained.is_image:
         return draw_arrays(args, trained, labels)
     return draw_picture(args, trained, labels, columns=len(labels) if per_class == 1 else per_class)
 
@@ -184,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, bad_usage=(checkpoint.CheckpointError,))
+    run_script(main)

@@ -32,7 +32,6 @@ COUNTS = (20, 100, 1000, 3000, 10_000)  # of images, for which the reference hol
 
 
 def conv(c_in: int, c_out: int) -> list[nn.Module]:
-    """Images (B, c_in, H, W) -> (B, c_out, H, W)."""
     return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
 
 
@@ -183,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, bad_usage=(dataset.DataError,))
+    run_script(main, dataset.DataError)

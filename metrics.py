@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,7 +65,8 @@ def accuracies(head: Callable, groups: dict[str, tuple[Tensor, Tensor]]) -> Tabl
         table["accuracy"][who] = right.mean().item()
         by_digit = [right[y == d].mean().item() if (y == d).any() else None for d in range(10)]
         table["accuracy by digit"][who] = by_digit
-    table["accuracy"]["interval"] = wilson(table["accuracy"]["generated"], len(groups["generated"][1]))
+        counted = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        table["accuracy"].setdefault("interval", tuple(counted))  # of the samples, which come first
     return table
 
 
@@ -87,9 +90,6 @@ def distances(
     return table
 
 
-# ---------------------------------------------------------------------------------------------- what they are made of
-
-
 def labels_as_in(reference: Tensor, n: int) -> Tensor:
     """n labels, int64, in the proportions of the reference's (M,)."""
     return reference.long().sort().values[((torch.arange(n) + 0.5) * len(reference) / n).long()]
@@ -108,22 +108,16 @@ def alike(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
     return torch.cat(index)
 
 
-def neighbourhoods(points: Tensor, k: int = 3) -> Tensor:
-    """The distance (N,) of each of points (N, D) to its k-th neighbour among them."""
-    parts = [torch.cdist(part, points).topk(k + 1, largest=False).values[:, -1] for part in points.split(1000)]
-    return torch.cat(parts)  # k + 1, because the nearest is the point itself
+def neighbourhoods(points: Tensor) -> Tensor:
+    """The distance (N,) of each of points (N, D) to its third neighbour among the others."""
+    distances, _ = NearestNeighbors(n_neighbors=3).fit(points).kneighbors()
+    return torch.from_numpy(distances[:, -1]).to(points.dtype)
 
 
 def share_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
     """The share of points (N, D) that are within the radius (M,) of one of the others (M, D)."""
     within = torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)])
     return within.double().mean().item()
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share that was counted in n cases."""
-    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
 
 
 def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int = 100) -> tuple[float, float]:
@@ -142,31 +136,19 @@ def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int =
     return max(0.0, float(estimate + low)), float(estimate + high)
 
 
-# -------------------------------------------------------------------------- measures that need the images of MNIST
-
-
 def nearest(images: Tensor, train: Tensor, k: int = 50) -> tuple[Tensor, Tensor, Tensor]:
-    """For images (N, 1, 28, 28), uint8, and training images alike, three tensors (N,).
-
-    They are the distance to the nearest training image, its index, and the mean distance to the nearest k. Distances
-    are Euclidean, of pixels in 0 ... 1.
-    """
-    train = train.flatten(1).float() / 255
-    square = train.square().sum(1)
-    found = []
-    for part in tqdm(images.split(250), desc="neighbours", unit="batch", leave=False, dynamic_ncols=True):
-        part = part.flatten(1).float() / 255
-        squares = (square - 2 * part @ train.T).topk(k, largest=False)
-        d = (squares.values + part.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-        found.append((d[:, 0], squares.indices[:, 0], d.mean(1)))
-    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+    """For images (N, 1, 28, 28), uint8, among training images: the distance to the nearest, its index, and the mean
+    distance to the nearest k, each (N,). Distances are Euclidean, of pixels in 0 ... 1."""
+    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train.flatten(1) / 255)
+    distances, index = map(torch.from_numpy, neighbours.kneighbors(images.flatten(1) / 255))
+    return distances[:, 0], index[:, 0], distances.mean(1)
 
 
 def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> Table:
     """Are samples copies of training images? Test images, of which none can be one, show what is usual.
 
     A near-duplicate is nearer to one training image than half its mean distance to the nearest 50 (arXiv 2301.13188).
-    The picture shows the ten samples that come closest to that, each above its training image.
+    The picture shows the ten samples that come closest to being one, each above its training image.
     """
     table = {"distance to the nearest training image, median": {}, "near-duplicates": {}}
     some = torch.randperm(len(test), generator=seeded(0, 3))[: len(images)]

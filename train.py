@@ -31,8 +31,8 @@ from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_scr
 from diffusion import Diffusion, draw_timesteps, drop_labels, training_loss
 from dit import MODELS, DiT, DiTConfig
 from muon import Muon
-from run import Run, TrainingError
-from sampling import grid, sample, seeded
+from run import Run
+from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, parse_args, settle
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
@@ -76,6 +76,9 @@ class Trainer:
 
     def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device):
         self.config, self.args, self.device = config, args, device
+        self.shape = (config.in_channels, config.image_size, config.image_size)
+        self.share = args.batch_size // WORLD        # images of each batch that are this process's
+        self.part = self.share // args.accumulate    # images that pass through the network at a time
         self.diffusion = Diffusion(args.schedule, args.prediction, TIMESTEPS, device)
         torch.manual_seed(args.seed)
         self.model = DiT(config, args.gradient_checkpointing).to(device)
@@ -119,29 +122,29 @@ class Trainer:
 
         t (b,) are timesteps, u (b,) are uniform numbers that say whose label is hidden, eps (b, C, S, S) is noise.
         """
-        args, n, C, S = self.args, self.args.batch_size, self.config.in_channels, self.config.image_size
+        args, n = self.args, self.args.batch_size
         generator = seeded(args.seed, FIRST_INDEX + number)
         t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
             generator = seeded(args.seed, FIRST_INDEX + number, self.device)
-        eps = torch.randn(n, C, S, S, generator=generator, device=self.device)
-        share = n // WORLD
-        return [value[share * RANK : share * (RANK + 1)].to(self.device) for value in (t, u, eps)]
+        eps = torch.randn(n, *self.shape, generator=generator, device=self.device)
+        return [value[self.share * RANK : self.share * (RANK + 1)].to(self.device) for value in (t, u, eps)]
 
     def parts(self) -> Iterator[slice]:
-        """The slices of a share that pass through the network one after another, forward and back.
+        """The slices of this process's share that pass through the network one after another, forward and back.
 
-        While a slice is out, attention is computed as is fastest, and processes exchange gradients only in the last.
+        Until the next slice is asked for, attention is set to what is fastest, and processes exchange gradients only in
+        the last.
         """
-        share, size = self.args.batch_size // WORLD, self.args.batch_size // WORLD // self.args.accumulate
-        # PyTorch's fused attention is ten times slower in bfloat16 on a CPU than matrix products and a softmax.
+        # In bfloat16 on a CPU, PyTorch's fused attention takes ten times as long as matrix products and a softmax.
         plain = self.device.type == "cpu" and self.args.precision == "bf16"
-        for first in range(0, share, size):
-            last = first + size == share
-            with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-                with nullcontext() if last or self.net is self.model else self.net.no_sync():
-                    yield slice(first, first + size)
+        for first in range(0, self.share, self.part):
+            last = first + self.part == self.share
+            attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+            exchange = nullcontext() if last or self.net is self.model else self.net.no_sync()
+            with attention, exchange:
+                yield slice(first, first + self.part)
 
     def state(self) -> dict:
         """Everything that training has changed, for `load`. Random numbers need not be kept, see above."""
@@ -158,14 +161,8 @@ class Trainer:
     def samples(self) -> Image.Image:
         """Ten rows of images by the averaged weights, a class each."""
         labels = (torch.arange(10) % max(self.config.num_classes, 1)).repeat_interleave(10)
-        size = self.args.batch_size // WORLD // self.args.accumulate
-        guidance = guidance_settings(self.args.guidance, TIMESTEPS)
-        parts = [range(first, min(first + size, 100)) for first in range(0, 100, size)]
-        images = [sample(self.ema, self.diffusion, labels[part], indices=part, **guidance) for part in parts]
-        return grid(torch.cat(images), columns=10)
-
-
-# -------------------------------------------------------------------------------------------- what a step is made of
+        trained = TrainedModel(self.ema, self.diffusion, guidance_settings(self.args.guidance, TIMESTEPS))
+        return grid(trained.draw(labels, self.part), columns=10)
 
 
 def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -196,9 +193,8 @@ def update_ema(average: DiT, model: DiT, step: int, decay: float) -> None:
 
 def rehearse(trainer: Trainer) -> float:
     """The seconds of one pass forward and back, on blank images. It changes nothing."""
-    share, C, S = trainer.args.batch_size // WORLD, trainer.config.in_channels, trainer.config.image_size
-    x0 = torch.zeros(share, C, S, S, device=trainer.device)
-    y = torch.zeros(share, dtype=torch.long, device=trainer.device)
+    x0 = torch.zeros(trainer.share, *trainer.shape, device=trainer.device)
+    y = torch.zeros(trainer.share, dtype=torch.long, device=trainer.device)
     begin = time.perf_counter()
     for part in trainer.parts():
         trainer.loss(x0[part], y[part], y[part], x0[part]).backward()
@@ -232,21 +228,6 @@ def make_deterministic(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def make_config(data: dataset.Images, args: argparse.Namespace) -> DiTConfig:
-    """The network for images of this shape and with these classes. Raises UsageError."""
-    channels, size, _ = data.pixels[0].shape
-    try:
-        return DiTConfig(
-            **MODELS[args.model], image_size=size, in_channels=channels, num_classes=len(data.classes),
-            learn_sigma=args.learn_sigma,
-        )
-    except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
-
-
 def announcement(trainer: Trainer, source: str, steps: int) -> str:
     """What was chosen, and how long it will take. Every process times a step for it."""
     args = trainer.args
@@ -263,7 +244,7 @@ def announcement(trainer: Trainer, source: str, steps: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status.
 
-    Raises UsageError, DataError, CheckpointError, TrainingError.
+    Raises UsageError, DataError, CheckpointError, WorkError.
     """
     if RANK > 0:
         warnings.simplefilter("ignore")  # one process says it for all
@@ -275,9 +256,14 @@ def main(argv: list[str] | None = None) -> int:
     run.join(device)
     data = run.load_data(args.dataset, args.data_dir, args.image_size)
     args.dataset = args.dataset or data.name
-    if not given.model and not run.state and data.pixels[0].shape[-1] % MODELS[args.model]["patch_size"]:
+    C, S, _ = data.pixels[0].shape
+    if not given.model and not run.state and S % MODELS[args.model]["patch_size"]:
         args.model = args.model.split("/")[0] + "/8"
-    config = make_config(data, args)
+    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
+    try:
+        config = DiTConfig(**MODELS[args.model], **shape)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from error
 
     run.catch_signals()
     trainer = Trainer(config, args, device)
@@ -292,5 +278,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    bad_usage = (dataset.DataError, checkpoint.CheckpointError)
-    run_script(main, bad_usage, failures=(TrainingError,), memory="raise --accumulate, or lower --batch-size")
+    run_script(main, dataset.DataError, memory="raise --accumulate, or lower --batch-size")

@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
     """A network of MNIST's shape that was never trained."""
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    about = checkpoint.describe(config, Diffusion("linear", "eps", 50), dataset.DATASETS["mnist"][1], "none", 0, 1.5)
+    about = checkpoint.describe(config, Diffusion("linear", "eps", 50), dataset.DIGITS, "none", 0, 1.5)
     checkpoint.save_weights(path, DiT(config).state_dict(), about)
     return path
 
@@ -153,10 +153,18 @@ def test_share_within_counts_points_inside_the_neighbourhoods():
 
 
 def test_the_interval_of_a_share_stays_below_one():
-    low, high = metrics.wilson(0.9, 1000)
+    def interval(right: int) -> tuple[float, float]:
+        labels = torch.arange(1000) % 10
+        seen = torch.where(torch.arange(1000) < right, labels, (labels + 1) % 10)
+        groups = dict(generated=(torch.eye(10)[seen], labels), real=(torch.eye(10)[labels], labels))
+        table = metrics.accuracies(lambda features: features, groups)
+        assert table["accuracy"]["generated"] == right / 1000 and table["accuracy"]["real"] == 1
+        return table["accuracy"]["interval"]
+
+    low, high = interval(900)
     assert low == pytest.approx(0.9 - 1.96 * (0.09 / 1000) ** 0.5, abs=2e-3)
     assert high == pytest.approx(0.9 + 1.96 * (0.09 / 1000) ** 0.5, abs=2e-3)
-    low, high = metrics.wilson(1.0, 1000)
+    low, high = interval(1000)
     assert 0.995 < low < 1 and high == pytest.approx(1)
 
 

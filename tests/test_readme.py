@@ -38,7 +38,7 @@ def downloads(monkeypatch):
     def small(name, root, train, download):
         channels, size = (3, 32) if name == "cifar10" else (1, 28)
         pixels = torch.randint(0, 256, (60, channels, size, size), dtype=torch.uint8)
-        return dataset.Images(pixels, torch.arange(60) % 10, dataset.DATASETS[name][1], f"60 images of {name}")
+        return dataset.Images(pixels, torch.arange(60) % 10, dataset.DIGITS, f"60 images of {name}")
 
     monkeypatch.setattr(dataset, "from_torchvision", small)
 

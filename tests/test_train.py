@@ -19,9 +19,9 @@ import cli
 import dataset
 import train
 from checkpoint import CheckpointError
-from cli import UsageError
+from cli import UsageError, WorkError
 from dataset import IDX_FILES, DataError
-from run import TrainingError, new_folder
+from run import new_folder
 from settings import parse_args, settle
 from train import Trainer, learning_rate, update_ema
 
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(Trainer, "step", broken)
     arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run-dir", tmp_path / "run"]
     message = "loss or gradient not finite at step 17; the checkpoint of step 10 in .*run is good"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(WorkError, match=message):
         run(*arguments)
     state = checkpoint.load(tmp_path / "run")
     assert state["step"] == 10
