@@ -1,23 +1,27 @@
 """The mathematics of diffusion: noise schedules, the training loss, and the reverse samplers. It knows no network.
 
-Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239, is the default reading:
+A diffusion model learns to undo noise. The forward process mixes an image x0 with noise eps ~ N(0, I), a little at the
+first timestep and almost entirely at the last: x_t = a_t x0 + s_t eps. Training shows the network x_t and asks what was
+mixed. Sampling starts from pure noise and goes back, timestep by timestep. A hat, as in x0_hat, marks what the network
+believes. Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239, is the process to read first:
 
     Eq. 4        the forward process      Diffusion.q_sample
-    Algorithm 1  training                 training_loss (its line 5; train.py draws what lines 2 to 4 draw)
+    Algorithm 1  training                 training_loss is its line 5; train.py draws what lines 2 to 4 draw
     Algorithm 2  sampling                 ddpm
 
-and each relative differs in one place. Whatever the process, a noisy image is x_t = a_t x0 + s_t eps:
+Its relatives differ in one place each. A schedule says how a_t falls and s_t grows. Here beta_t is the variance of the
+noise that timestep t adds, alpha_bar_t the product of all 1 - beta up to t, and tau grows evenly from 0 to 1:
 
     linear   a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), beta from 1e-4 to 0.02      DDPM, section 4
-    cosine   the same, alpha_bar a squared cosine                                      iDDPM, arXiv 2102.09672, Eq. 17
-    flow     a = 1 - tau, s = tau: a straight line from image to noise                 rectified flow, arXiv 2209.03003
+    cosine   the same, where alpha_bar is a squared cosine                             iDDPM, arXiv 2102.09672, Eq. 17
+    flow     a = 1 - tau, s = tau: a straight line from the image to the noise         rectified flow, arXiv 2209.03003
 
-Timesteps t run from 0, the least noisy (the paper's t = 1), to T - 1, which is noise. Arrays over t carry one more
-entry, so that index -1 is the clean image: a = 1, s = 0. It is the "alpha_bar_prev" of the last reverse step, which
-therefore adds no noise.
+Timesteps t run from 0, the least noisy (the paper's t = 1), to T - 1, which is noise. The lists a and s have one entry
+more, so that index -1 is the clean image, with a = 1 and s = 0. It gives the "alpha_bar_prev" of the last reverse step,
+which therefore adds no noise.
 
-Symbols: x0 clean image in [-1, 1], x_t noisy image, eps ~ N(0, I), a hat (x0_hat) for what the network believes.
-A model is any function model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+Images are in [-1, 1]. Shapes: B batch, C channels, H W height and width. A model is any function
+model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) where it also learns the variance of the reverse step.
 """
 
 import math
@@ -33,12 +37,12 @@ TIMESTEP_DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
 def schedule_table(name: str, T: int) -> tuple[Tensor, Tensor]:
-    """(a, s), each (T,) float64, of a schedule in SCHEDULES."""
+    """The pair (a, s) of a schedule in SCHEDULES, each (T,) float64."""
     if name == "flow":
-        # Neither end is reached, so that every prediction can be turned into every other.
+        # tau reaches neither 0 nor 1, so that each kind of prediction can be turned into every other.
         tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
         return 1 - tau, tau
-    if name == "linear":  # for other T than 1000, scaled so that the last step is as noisy
+    if name == "linear":  # beta is scaled so that the last timestep is as noisy with any T as with the paper's 1000
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
     else:
         u = torch.arange(T + 1, dtype=torch.float64) / T
@@ -49,15 +53,15 @@ def schedule_table(name: str, T: int) -> tuple[Tensor, Tensor]:
 
 
 class Diffusion:
-    """A noise schedule and what the network predicts under it.
+    """A noise schedule, and what the network predicts under it.
 
     schedule:   linear, cosine or flow
-    prediction: eps, the noise; x0, the image; v, the velocity a' x0 + s' eps, where (a', s') is the derivative of
-                (a, s): (-s, a) for linear and cosine, by their angle (arXiv 2202.00512), (-1, 1) for flow, by tau
+    prediction: eps, the noise; x0, the image; or v, the velocity a' x0 + s' eps, where (a', s') is the derivative of
+                (a, s). For linear and cosine that is (-s, a), by their angle (arXiv 2202.00512), for flow (-1, 1).
     timesteps:  T; the network sees t in 0 ... T - 1
-    device:     where the tables lie; that of the images
+    device:     that of the images, where the tables are kept too
 
-    Raises ValueError for other names and for T below 2.
+    Raises ValueError for other names, and for T below 2.
     """
 
     def __init__(
@@ -75,28 +79,29 @@ class Diffusion:
 
         a, s = schedule_table(schedule, timesteps)
         da, ds = (-s, a) if schedule != "flow" else (-torch.ones_like(a), torch.ones_like(s))
-        # Every prediction gives x0 as A x_t + B out:  eps: (x_t - s eps) / a;  v: (s' x_t - s v) / (a s' - s a').
+        # Every prediction gives x0 = A x_t + B out.  eps: (x_t - s eps) / a.  v: (s' x_t - s v) / (a s' - s a').
         A, B = {
             "eps": (1 / a, -s / a),
             "x0": (torch.zeros_like(a), torch.ones_like(a)),
             "v": (ds / (a * ds - s * da), -s / (a * ds - s * da)),
         }[prediction]
-        # Plain numbers of double precision for the samplers; index -1 is the clean image.
+        # The samplers use plain numbers of double precision. Index -1 is the clean image.
         self.a, self.s, self.A, self.B = [*a.tolist(), 1.0], [*s.tolist(), 0.0], A.tolist(), B.tolist()
 
-        # float32 tables for training. From double precision, because beta is a small difference of large numbers.
+        # Training uses float32 tables. They are computed in double precision, since beta is a small difference of large
+        # numbers. The variance at t = 0 is 0, which has no logarithm, so it becomes that at t = 1 (iDDPM, section 3.1).
         posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
         _, c0, variance, beta = posterior.unbind(1)
-        variance[0] = variance[1]  # it is 0, which has no logarithm; iDDPM, section 3.1
+        variance[0] = variance[1]
         tables = dict(a=a, s=s, da=da, ds=ds, A=A, B=B, c0=c0, log_variance=variance.log(), log_beta=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
     def at(self, name: str, t: Tensor) -> Tensor:
-        """The values of a table at timesteps t (B,), shaped (B, 1, 1, 1) to multiply images."""
+        """A table's values at the timesteps t (B,), shaped (B, 1, 1, 1) so that they multiply images."""
         return self.tables[name][t].view(-1, 1, 1, 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """DDPM Eq. 4, in one draw for any t (B,): x_t = a_t x0 + s_t eps."""
+        """DDPM Eq. 4: x_t = a_t x0 + s_t eps, at once for any timesteps t (B,)."""
         return self.at("a", t) * x0 + self.at("s", t) * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -106,16 +111,16 @@ class Diffusion:
         return eps if self.prediction == "eps" else x0
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
-        """x0_hat of a prediction `out` at x_t; t is (B,) or one timestep for all."""
+        """The x0_hat that a prediction `out` means at x_t. t is (B,), or one timestep for all images."""
         if isinstance(t, int):
             return self.A[t] * x_t + self.B[t] * out
         return self.at("A", t) * x_t + self.at("B", t) * out
 
     def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
-        """(c, c0, variance, beta): q(x_s | x_t, x0) is N(c x_t + c0 x0, variance), and q(x_t | x_s) has variance beta.
+        """One step back, from t to any s < t, where s = -1 is the clean image. Returns (c, c0, variance, beta).
 
-        For s = t - 1 under linear it is DDPM Eq. 6-7; for any smaller s, respacing (iDDPM, section 4). s = -1 is the
-        clean image.
+        q(x_s | x_t, x0) is N(c x_t + c0 x0, variance), and q(x_t | x_s) has the variance beta. Under linear and with
+        s = t - 1 these are DDPM Eq. 6-7. A smaller s skips timesteps, which is respacing (iDDPM, section 4).
         """
         r = self.a[t] / self.a[s]
         beta = self.s[t] ** 2 - (r * self.s[s]) ** 2
@@ -123,21 +128,21 @@ class Diffusion:
         return r * ratio, self.a[s] * beta / self.s[t] ** 2, beta * ratio, beta
 
     def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """iDDPM Eq. 15: the second half of the network's output, v, moves the log variance from that of the posterior
-        (v = -1) to beta (v = 1)."""
+        """iDDPM Eq. 15: the second half of the output, v, sets the log variance between the posterior's (v = -1) and
+        that of beta (v = 1)."""
         return torch.lerp(self.at("log_variance", t), self.at("log_beta", t), (v + 1) / 2)
 
     def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound that belongs to t, in bits per dimension, (B,): DDPM Eq. 5.
+        """The term of the variational bound (DDPM Eq. 5) that belongs to t, in bits per dimension, (B,).
 
-        For t > 0 the KL divergence of q(x_{t-1} | x_t, x0) from the model's step; for t = 0 the negative
+        For t > 0 it is the KL divergence of q(x_{t-1} | x_t, x0) from the model's step. For t = 0 it is the negative
         log-likelihood of x0, an image of 256 levels, under the last step.
         """
         true_log_variance = self.at("log_variance", t)
         kl = 0.5 * (
             log_variance - true_log_variance - 1
             + (true_log_variance - log_variance).exp()
-            + (self.at("c0", t) * (x0 - x0_hat)) ** 2 * (-log_variance).exp()  # both means have the same c x_t
+            + (self.at("c0", t) * (x0 - x0_hat)) ** 2 * (-log_variance).exp()  # the means share c x_t
         )
         nll = -discretized_log_likelihood(x0, x0_hat, log_variance)  # at t = 0 the mean is x0_hat
         at_zero = (t == 0).view(-1, 1, 1, 1)
@@ -145,24 +150,21 @@ class Diffusion:
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log P(x), elementwise, of an 8-bit value x in [-1, 1] under N(mean, variance) cut into 256 bins: DDPM Eq. 13."""
-    def cdf(z):  # of the standard normal, in the tanh form of the published models, to match them
+    """DDPM Eq. 13: log P(x), elementwise, of an 8-bit value x in [-1, 1], under N(mean, variance) cut into 256 bins."""
+    def cdf(z):  # of the standard normal, approximated by tanh as in the published models, to agree with them
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
     inverse_std = (-0.5 * log_variance).exp()
     below, above = cdf((x - mean - 1 / 255) * inverse_std), cdf((x - mean + 1 / 255) * inverse_std)
-    p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))  # the end bins are open
+    p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))  # the outer bins are open
     return p.clamp(min=1e-12).log()
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-
 def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None) -> Tensor:
-    """n timesteps in 0 ... T - 1, int64, on the CPU, stratified: one from each n-th of the distribution.
+    """n timesteps in 0 ... T - 1, int64, on the CPU, one from each n-th part of the distribution.
 
-    Every batch then covers easy and hard noise levels alike, which makes its loss less noisy. logit-normal prefers the
-    middle (arXiv 2403.03206, section 3.1).
+    So each batch covers all noise levels, and its loss varies less. uniform is DDPM's distribution, and logit-normal
+    prefers the middle of the way (arXiv 2403.03206, section 3.1).
     """
     u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     if distribution == "logit-normal":
@@ -173,9 +175,9 @@ def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: tor
 
 
 def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
-    """Labels y (B,) with each replaced by the null class with probability p, for u (B,) uniform in [0, 1).
+    """Labels y (B,), of which each becomes the null class with probability p, by numbers u (B,) uniform in [0, 1).
 
-    So one network learns both predictions that guidance needs, with the label and without (arXiv 2207.12598).
+    So one network learns to predict with the label and without it, and guidance needs both (arXiv 2207.12598).
     """
     return torch.where(u < p, null, y)
 
@@ -183,12 +185,14 @@ def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
 def training_loss(
     diffusion: Diffusion, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, snr_gamma: float | None = None
 ) -> Tensor:
-    """DDPM Algorithm 1, line 5: the loss of each image, (B,), whose gradient is the training step.
+    """DDPM Algorithm 1, line 5: the loss of each image, (B,). A training step follows the gradient of its mean.
 
-    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0 (lines 2 to 4). snr_gamma weights
-    by min(SNR, gamma), SNR = a^2 / s^2, as if x0 were predicted (min-SNR, arXiv 2303.09556). Else a prediction of x0 is
-    weighted as one of v, for its own error is small where the noise is, and says little (arXiv 2511.13720).
-    A model of 2C channels is trained with the hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
+    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0
+
+    The loss is a squared error. snr_gamma weights that of x0_hat by min(SNR, gamma), where SNR = a^2 / s^2 (min-SNR,
+    arXiv 2303.09556). Without it, a prediction of x0 is weighted as one of v (arXiv 2511.13720), because where there is
+    little noise, the error of x0_hat is small whatever the network does. A model of 2C channels is trained with the
+    hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
     """
     C = x0.shape[1]
     x_t = diffusion.q_sample(x0, t, eps)
@@ -200,9 +204,9 @@ def training_loss(
         # B turns an error in `out` into one in x0_hat.
         loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["B"] ** 2)[t]
     elif diffusion.prediction == "x0":
-        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # so it is the error of the v that x0_hat implies
+        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # the error of the v that x0_hat means
     if out.shape[1] == 2 * C:
-        x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # L_vlb teaches the variance alone
+        x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # detached, so L_vlb teaches only the variance
         log_variance = diffusion.learned_log_variance(out[:, C:], t)
         loss = loss + diffusion.variational_bound(x0, x0_hat, log_variance, t)
     return loss
@@ -210,17 +214,19 @@ def training_loss(
 
 # ---------------------------------------------------------------------------------------------------------- sampling
 #
-# A sampler takes noise x at timesteps[0] and returns images, in as many calls of `predict` as there are timesteps.
+# A sampler takes noise x (B, C, H, W) at timesteps[0] and returns images. It calls `predict` once for each timestep.
 #
 #   predict(x_t, t)          the network's output for the whole batch at one timestep t, see `guide`
 #   timesteps                decreasing, from T - 1 to 0, see `spaced_timesteps`
 #   noise()                  a fresh N(0, I) tensor like x
-#   clip                     clamp x0_hat to [-1, 1]. Never x_t: it is Gaussian there, and should leave that range
-#   callback(t, x_t, x0_hat) called at every step
+#   clip                     clamp x0_hat to [-1, 1], where images are. x_t is noisy and must be free to leave it
+#   callback(t, x_t, x0_hat) is called at every timestep
+#
+# In their formulas s is the next timestep. Therefore the s of the schedule is called sigma there.
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """`steps` timesteps from T - 1 down to 0, evenly spaced; only T - 1 for one step. ValueError outside 1 ... T."""
+    """`steps` evenly spaced timesteps from T - 1 down to 0, or T - 1 alone. Raises ValueError outside 1 ... T."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: use 1 to {T}, the number of timesteps that the model knows")
     return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
@@ -229,16 +235,16 @@ def spaced_timesteps(T: int, steps: int) -> list[int]:
 def guide(
     model: Callable, y: Tensor, null: int, weight: float = 1.0, interval: tuple[int, int] | None = None
 ) -> Callable[[Tensor, int], Tensor]:
-    """predict(x_t, t) for labels y (B,) with classifier-free guidance (arXiv 2207.12598).
+    """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
 
-    out = unconditional + weight (conditional - unconditional): weight 0 ignores the labels, 1 is the plain conditional
-    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) With interval = (low, high) it acts at
-    low <= t <= high only, and weight 1 elsewhere (arXiv 2404.07724). A learned variance is never guided.
+    out = unconditional + weight (conditional - unconditional). Weight 0 ignores the labels, 1 is the plain conditional
+    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) With interval = (low, high), the weight is
+    1 where not low <= t <= high (arXiv 2404.07724). A learned variance is never guided.
     """
     def predict(x_t: Tensor, t: int) -> Tensor:
         w = weight if interval is None or interval[0] <= t <= interval[1] else 1.0
         times, nulls = torch.full_like(y, t), torch.full_like(y, null)
-        if w in (0.0, 1.0):  # one of the two terms vanishes
+        if w in (0.0, 1.0):  # one of the two predictions is enough
             return model(x_t, times, y if w else nulls).float()
         C = x_t.shape[1]
         both = model(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([y, nulls])).float()
@@ -252,7 +258,7 @@ def guide(
 def denoise(
     diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool, callback: Callable | None
 ) -> tuple[Tensor, Tensor]:
-    """One look at x_t, which all samplers share: x0_hat, and the variance half of the output (or no channels)."""
+    """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty."""
     out, v = predict(x, t).tensor_split([x.shape[1]], dim=1)
     x0_hat = diffusion.predict_x0(out, x, t)
     if clip:
@@ -267,9 +273,9 @@ def ddpm(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, clip: bool = True,
     callback: Callable | None = None,
 ) -> Tensor:
-    """DDPM Algorithm 2: at each step a draw from q(x_s | x_t, x0_hat), with the posterior's variance or the learned.
+    """DDPM Algorithm 2: each step draws from q(x_s | x_t, x0_hat), with the posterior's variance or a learned one.
 
-    The paper's line 4 is this mean with x0_hat written out in eps_hat; going through x0_hat (Eq. 7) lets us clip it.
+    The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it.
     """
     for t, s in pairwise([*timesteps, -1]):
         x0_hat, v = denoise(diffusion, predict, x, t, clip, callback)
@@ -288,13 +294,16 @@ def ddim(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
     eta: float = 0.0, clip: bool = True, callback: Callable | None = None,
 ) -> Tensor:
-    """DDIM, arXiv 2010.02502, Eq. 12 and 16. eta = 0 is deterministic (for flow: Euler's method), eta = 1 is DDPM."""
+    """DDIM, arXiv 2010.02502, Eq. 12 and 16: go on with x0_hat and eps_hat to the noise level of s.
+
+    With eta = 0 it is deterministic, and for flow it is Euler's method. With eta = 1 it is DDPM.
+    """
     if eta and noise is None:
         raise ValueError("eta above 0 adds noise: give the function that draws it, or eta 0")
     a, sigma = diffusion.a, diffusion.s
     for t, s in pairwise([*timesteps, -1]):
         x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)
-        eps_hat = (x - a[t] * x0_hat) / sigma[t]  # anew, because x0_hat may have been clipped
+        eps_hat = (x - a[t] * x0_hat) / sigma[t]  # from x0_hat, which may have been clipped
         variance = eta**2 * diffusion.posterior(t, s)[2]
         x = a[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
         if variance > 0:
@@ -307,10 +316,10 @@ def dpm_solver(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], clip: bool = True,
     callback: Callable | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM whose x0_hat is extrapolated from the last two.
+    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM with an x0_hat that is extrapolated from the last two.
 
-    Second order in the step h of lambda = log(a / s). The first step has no x0_hat before it, and the last goes to
-    infinite lambda: these two are of first order.
+    It is of second order in h, the step of lambda = log(a / s). Only the first step, which has no x0_hat before it, and
+    the last, where lambda goes to infinity, are of first order.
     """
     a, sigma = diffusion.a, diffusion.s
     before = None  # x0_hat and h of the step before
@@ -319,7 +328,7 @@ def dpm_solver(
         if s < 0:
             return x0_hat
         h = math.log(a[s] / sigma[s]) - math.log(a[t] / sigma[t])
-        D = x0_hat if before is None else x0_hat + h / (2 * before[1]) * (x0_hat - before[0])
+        D = x0_hat if before is None else x0_hat + h / (2 * before[1]) * (x0_hat - before[0])  # the paper's D
         x = sigma[s] / sigma[t] * x - a[s] * math.expm1(-h) * D
         before = x0_hat, h
 

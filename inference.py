@@ -13,7 +13,6 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,39 +78,44 @@ def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
     return labels
 
 
+def draw_batches(trained: TrainedModel, labels: Tensor, batch_size: int, world: int) -> Iterator[np.ndarray]:
+    """The images of the labels (n,) in turn: uint8 (b, S, S, C), or latents, which stay float32 (b, C, S, S).
+
+    In each round every one of `world` processes draws a batch, and all of them get the batches of all.
+    """
+    config, n = trained.model.config, len(labels)
+    for first in tqdm(range(0, n, world * batch_size), unit="batch", disable=RANK > 0):
+        indices = range(min(first + RANK * batch_size, n), min(first + (RANK + 1) * batch_size, n))
+        images = torch.empty(0, config.in_channels, config.image_size, config.image_size)
+        if indices:  # in the last round there may be none left for this process
+            images = sample(trained.model, trained.diffusion, labels[indices], indices=indices, **trained.settings)
+        images = to_uint8(images).permute(0, 2, 3, 1) if trained.is_image else images
+        drawn = [images.cpu().numpy()] * world
+        if world > 1:
+            dist.all_gather_object(drawn, drawn[RANK])
+        yield np.concatenate(drawn)
+
+
 def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor) -> Path:
     """The .npz that --npz asks for. Latents, which have no picture, become an .npz in any case. Returns its path.
 
-    The array grows on the disk, so that memory holds a batch and not all images. With --npz the processes of torchrun
-    share the work: in each round every process draws a batch, and process 0 writes them all.
+    The array grows on the disk, so that memory holds one round of batches, and not all images. With --npz the processes
+    of torchrun share the work, and process 0 writes.
     """
-    C, S = trained.model.config.in_channels, trained.model.config.image_size
-    picture = trained.is_image
     path = output_path(args.npz or args.output, "latents.npz")
-    draw = partial(sample, trained.model, trained.diffusion, **trained.settings)
-    world, n, size = WORLD if args.npz else 1, len(labels), args.batch_size
+    n, C, S = len(labels), trained.model.config.in_channels, trained.model.config.image_size
+    shape, dtype = ((n, S, S, C), "|u1") if trained.is_image else ((n, C, S, S), "<f4")
+    world = WORLD if args.npz else 1
     if world > 1:
         dist.init_process_group("gloo")
 
-    def batches() -> Iterator[np.ndarray]:
-        for first in tqdm(range(0, n, world * size), unit="batch", disable=RANK > 0):
-            indices = range(min(first + RANK * size, n), min(first + (RANK + 1) * size, n))
-            images = draw(labels[indices], indices=indices).cpu() if indices else torch.empty(0, C, S, S)
-            drawn = [to_uint8(images).permute(0, 2, 3, 1).numpy() if picture else images.numpy()]
-            if world > 1:
-                drawn = drawn * world
-                dist.all_gather_object(drawn, drawn[RANK])
-            yield np.concatenate(drawn)
-
     def write(file: BinaryIO) -> None:
-        shape, dtype = ((n, S, S, C), "|u1") if picture else ((n, C, S, S), "<f4")
         if hasattr(os, "posix_fallocate"):  # so that a disk which is too small shows now
             os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = dict(descr=dtype, fortran_order=False, shape=shape)
-                np.lib.format.write_array_header_1_0(member, header)
-                for images in batches():
+                np.lib.format.write_array_header_1_0(member, dict(descr=dtype, fortran_order=False, shape=shape))
+                for images in draw_batches(trained, labels, args.batch_size, world):
                     member.write(images.tobytes())
             with archive.open("labels.npy", "w") as member:
                 np.save(member, labels.numpy())
@@ -120,7 +124,8 @@ def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
     if RANK == 0:
         checkpoint.write_whole(path, write)
     else:
-        list(batches())
+        for _ in draw_batches(trained, labels, args.batch_size, world):
+            pass
     if world > 1:
         dist.destroy_process_group()
     return path

@@ -1,7 +1,8 @@
-"""Muon, the optimizer of the blocks' matrices: momentum, then the nearest orthogonal matrix.
+"""Muon, the optimizer of the blocks' matrices: momentum, and then the nearest orthogonal matrix.
 
+A gradient has a few strong directions and many weak ones. Muon makes all equally strong, so that a step learns in each.
 Jordan et al., https://kellerjordan.github.io/posts/muon; the scale of the update is Moonlight's, arXiv 2502.16982.
-torch.optim.Muon does the same in bfloat16, one matrix at a time: fast on a GPU, slow on a CPU, which this is for.
+torch.optim.Muon does the same in bfloat16, a matrix at a time, which is fast on a GPU. This one is fast on CPUs.
 """
 
 from collections import defaultdict
@@ -11,10 +12,11 @@ from torch import Tensor
 
 
 def orthogonalize(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
-    """Approximately U V^T for each matrix G = U S V^T; all with the same shorter side. Singular values end near 1.
+    """About U V^T for each matrix G = U S V^T. All have the same shorter side, n. Singular values end near 1.
 
-    The Newton-Schulz iteration X <- (a + b A + c A^2) X, with A = X X^T, acts on each singular value alone. So X stays
-    a polynomial P of the first A times G, and only P and A, square of the shorter side, need be iterated, in one stack.
+    The Newton-Schulz iteration is X <- (a + b A + c A^2) X with A = X X^T. It changes each singular value by itself, so
+    X always is a polynomial P of the first A, times G. Therefore it is enough to iterate P and A, which are (n, n), and
+    all matrices can do so in one stack.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = [G.mT if G.size(0) > G.size(1) else G for G in matrices]
@@ -34,7 +36,7 @@ def orthogonalize(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, for 2-D parameters.
 
-    lr: learning rate, on the scale of AdamW's: an update has the root mean square 0.2 lr
+    lr: learning rate, on the scale of AdamW's, because an update has the root mean square 0.2 lr
     weight_decay: decoupled, as in AdamW
     """
 
@@ -44,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike = defaultdict(list)  # by the shorter side: these are orthogonalized together
+            alike = defaultdict(list)  # by the shorter side, because these are orthogonalized together
             for p in group["params"]:
                 if p.grad is not None:
                     alike[min(p.shape)].append(p)
