@@ -35,10 +35,8 @@ def describe(
 ) -> dict:
     """What a checkpoint says of itself, in plain types.
 
-    classes:  the names of the classes
-    data:     where the images came from, in words
-    step:     how many steps the network was trained for
-    guidance: the weight to draw with, where the user gives none, and the timesteps (low, high) `interval` it acts at
+    classes are names, data says in words where the images came from, step counts the training, and guidance is the
+    weight to draw with, where the user gives none, at the timesteps interval = (low, high).
     """
     return dict(
         format=FORMAT, config=asdict(config), diffusion=diffusion.config, classes=list(classes), data=data, step=step,
@@ -119,17 +117,14 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
         in_channels = state["x_embedder.proj.weight"].shape[1]
         out_channels = state["final_layer.linear.bias"].shape[0] // MODELS[model]["patch_size"] ** 2
         num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} holds no official DiT weights: leave --model out for files of train.py, which name their own"
-        ) from error
-    try:
         config = DiTConfig(
             **MODELS[model], image_size=side * MODELS[model]["patch_size"], in_channels=in_channels,
             num_classes=num_classes, learn_sigma=out_channels == 2 * in_channels,
         )
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit {model}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} holds no weights of the official {model}: leave --model out for files of train.py, which name it"
+        ) from error
     classes = tuple(str(label) for label in range(num_classes))
     return describe(config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0)
 

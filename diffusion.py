@@ -127,10 +127,14 @@ class Diffusion:
         ratio = (self.s[s] / self.s[t]) ** 2
         return r * ratio, self.a[s] * beta / self.s[t] ** 2, beta * ratio, beta
 
-    def learned_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """iDDPM Eq. 15: the second half of the output, v, sets the log variance between the posterior's (v = -1) and
-        that of beta (v = 1)."""
-        return torch.lerp(self.at("log_variance", t), self.at("log_beta", t), (v + 1) / 2)
+    def reverse_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
+        """The log variance of the reverse step from t (B,) to t - 1.
+
+        Without a learned variance, v is empty and this is that of the posterior. Otherwise v (B, C, H, W), the second
+        half of the output, sets it between that (v = -1) and that of beta (v = 1): iDDPM Eq. 15.
+        """
+        low, high = self.at("log_variance", t), self.at("log_beta", t)
+        return torch.lerp(low, high, (v + 1) / 2) if v.shape[1] else low
 
     def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         """The term of the variational bound (DDPM Eq. 5) that belongs to t, in bits per dimension, (B,).
@@ -207,7 +211,7 @@ def training_loss(
         loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # the error of the v that x0_hat means
     if out.shape[1] == 2 * C:
         x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # detached, so L_vlb teaches only the variance
-        log_variance = diffusion.learned_log_variance(out[:, C:], t)
+        log_variance = diffusion.reverse_log_variance(out[:, C:], t)
         loss = loss + diffusion.variational_bound(x0, x0_hat, log_variance, t)
     return loss
 

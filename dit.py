@@ -66,29 +66,20 @@ class DiTConfig:
     learn_sigma: bool = False
 
     def __post_init__(self):
+        size, patch, D, heads = self.image_size, self.patch_size, self.hidden_size, self.num_heads
         for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}: use 0 for an unconditional model")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
+        if int(D * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}: it must leave the MLP at least one unit")
-        if self.image_size % self.patch_size:
-            fits = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
-                f"use a patch size among {fits}, or another image size"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
-                f"use hidden_size {math.ceil(self.hidden_size / self.num_heads) * self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D sin-cos table needs "
-                f"(sine and cosine of row and column): use {math.ceil(self.hidden_size / 4) * 4}"
-            )
+        if size % patch:
+            fits = f"a patch size among {[p for p in range(1, size + 1) if size % p == 0]}"
+            raise ValueError(f"image_size {size} is not a multiple of patch_size {patch}: use {fits}, or another size")
+        for n, what in ((heads, f"num_heads {heads}: use hidden_size"), (4, "4 (sine and cosine of row, column): use")):
+            if D % n:
+                raise ValueError(f"hidden_size {D} is not a multiple of {what} {math.ceil(D / n) * n}")
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -304,9 +295,7 @@ class DiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
         for block in self.blocks:                        # (B, N, D)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)
+            again = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
         x = self.final_layer(x, c)                       # (B, N, P*P*C_out)
         return unpatchify(x, config.patch_size)          # (B, C_out, H, W)

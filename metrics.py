@@ -178,10 +178,7 @@ def bits_per_dimension(
         x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=generator).to(device))
         out = model(x_t, times, labels[index].to(device))
         x0_hat = diffusion.predict_x0(out[:, :C], x_t, times).clamp(-1, 1)
-        if out.shape[1] == 2 * C:
-            log_variance = diffusion.learned_log_variance(out[:, C:], times)
-        else:
-            log_variance = diffusion.at("log_variance", times)
+        log_variance = diffusion.reverse_log_variance(out[:, C:], times)
         total += diffusion.variational_bound(x0, x0_hat, log_variance, times).mean().item()
     a, s = diffusion.a[-2], diffusion.s[-2]
     second_moment = dataset.to_float(images).square().mean().item()

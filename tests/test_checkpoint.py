@@ -117,6 +117,17 @@ def test_official_weights_load_by_the_name_of_their_model(tmp_path):
         checkpoint.load(tmp_path / "foreign.pt", "DiT-S/8")
 
 
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    def write(file):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_whole(tmp_path / "file", write)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
 SAVE_FOREVER = """
 import sys, torch, checkpoint
 from pathlib import Path

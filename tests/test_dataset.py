@@ -211,6 +211,24 @@ def test_images_are_resized_on_the_shorter_side_and_cropped_at_the_centre(tmp_pa
     assert image[:, 2:-2, 2:-2].min() == 255
 
 
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for path in ("a/1.png", "a/deeper/2.png", "b/3.PNG", "a/._1.png", "a/.cache/4.png", ".git/5.png", "__MACOSX/6.png"):
+        save(tmp_path / path)
+    data = load(str(tmp_path), image_size=4)
+    assert data.classes == ("a", "b")
+    assert data.labels.tolist() == [0, 0, 1]
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    image = Image.new("L", (8, 8))
+    image.paste(255, (0, 0, 8, 4))  # a white upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # which says: turn by 90 degrees to the right
+    image.save(tmp_path / "a.png", exif=exif)
+    pixels = FolderPixels(tmp_path, 8)[0][0]
+    assert pixels[:, 5:].min() == 255 and pixels[:, :3].max() == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_a_broken_image_is_named(tmp_path, content):
     save(tmp_path / "a.png")

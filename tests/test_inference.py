@@ -217,6 +217,13 @@ def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
         draw("--labels", 1, weights=tmp_path / "weights.safetensors")
 
 
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "evaluate.py", "judge.py", "benchmark.py"])
+def test_a_flag_that_does_not_exist_is_one_line_and_exit_status_2(tmp_path, script):
+    result = run_script(script, "--nonsense", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == f"{script}: error: unrecognized arguments: --nonsense (see --help)\n"
+
+
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     result = run_script("inference.py", "--checkpoint", "nowhere.pt", cwd=tmp_path)
     assert result.returncode == 2

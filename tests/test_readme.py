@@ -1,5 +1,7 @@
-"""Claim: every command of the README runs as it is written there, in its order, with fewer steps and images."""
+"""Claims about the README: its commands run as they are written there, in their order, with fewer steps and images,
+and its list of files is an order in which they can be read."""
 
+import ast
 import re
 import shlex
 
@@ -93,3 +95,16 @@ def test_both_single_line_commands_make_their_own_environment():
 def test_the_file_map_names_every_file():
     for path in ROOT.glob("*.py"):
         assert f"`{path.name}`" in README
+
+
+def test_each_file_imports_only_files_that_the_readme_names_before_it():
+    order = re.findall(r"^\| `(\w+)\.py` \|", README, re.MULTILINE)
+    assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for i, name in enumerate(order):
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        ours = modules & set(order)
+        assert ours <= set(order[:i]), name
+        assert not ours & {"inference", "evaluate", "benchmark"}, f"{name} imports a command line"
+        assert not ours or name not in ("dit", "diffusion", "dataset", "muon"), f"{name} stands alone"

@@ -270,6 +270,20 @@ def test_a_resumed_run_keeps_its_settings(tiny_run):
         run("--resume", tiny_run)
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_its_settings(tiny_run, tmp_path):
+    state = checkpoint.load(tiny_run)
+    earlier = {**state["args"], "guidance": 1.5, "guidance_interval": [200, 900], "clip": 1.0, "weight_decay": 0.0}
+    for name, args in (("same", earlier), ("other", {**earlier, "clip": 0.5})):
+        (tmp_path / name).mkdir()
+        described = dict(guidance=1.5, interval=[200, 900], args=args)
+        checkpoint.save(tmp_path / name / "checkpoint.pt", {**state, **described})
+    assert run("--resume", tmp_path / "same", "--steps", 21) == 0
+    state = checkpoint.load(tmp_path / "same")
+    assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
+    with pytest.raises(UsageError, match=r"--clip was 0.5 in this run and cannot change: begin a new run"):
+        run("--resume", tmp_path / "other", "--steps", 21)
+
+
 def test_a_resumed_run_keeps_its_data(tiny_run, images, tmp_path):
     state = checkpoint.load(tiny_run)
     checkpoint.save(tmp_path / "checkpoint.pt", {**state, "data": "something else"})
