@@ -2,9 +2,10 @@
 
     checkpoint.pt         everything that a run needs to go on, see run.py
     NAME.safetensors      the averaged weights alone, to publish, with their description as JSON in the metadata
-    a state dict, .pt     weights of the official DiT, which need the name of their model beside them
+    a state dict, .pt     weights of the official DiT, for which the user has to name the model
 
-The first two describe themselves, see `describe`.
+The first two describe themselves, see `describe`. Averaged weights, "ema" for short, are an exponential moving average
+of the weights over the training steps (train.update_ema). They draw better samples than the last weights themselves.
 """
 
 import json

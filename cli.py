@@ -18,7 +18,7 @@ import checkpoint
 from diffusion import SAMPLERS
 from sampling import DEFAULT_STEPS, TrainedModel
 
-# torchrun starts several processes, and tells each its number and how many they are. Alone, a process is number 0 of 1.
+# torchrun tells each process its number, its number on its machine, and how many there are. Alone, it is number 0 of 1.
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 RUNS = Path("runs")
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
@@ -85,7 +85,7 @@ def pick_device(name: str | None) -> torch.device:
         gpus = torch.cuda.device_count()
         if gpus <= LOCAL_RANK:
             raise UsageError(f"more processes than the {gpus} GPUs here: lower --nproc-per-node")
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.set_float32_matmul_precision("high")  # TF32: much faster products, with 10 bits of mantissa
         torch.cuda.set_device(LOCAL_RANK)
     return torch.device(name)
 

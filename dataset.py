@@ -53,14 +53,13 @@ class DataError(Exception):
 
 @dataclass
 class Images:
-    """pixels: uint8 (N, C, S, S), or a FolderPixels that reads each image when it is asked for; labels: int64 (N,);
-    classes: their names, () for none; source: where the images come from, in words; name: that `load` found them by."""
+    """A data set of N square images of S pixels a side."""
 
-    pixels: "Tensor | FolderPixels"
-    labels: Tensor
-    classes: tuple[str, ...]
-    source: str
-    name: str = ""
+    pixels: "Tensor | FolderPixels"  # uint8 (N, C, S, S), or what reads each image when it is asked for
+    labels: Tensor                   # int64 (N,)
+    classes: tuple[str, ...]         # the names of the classes, () for none
+    source: str                      # where the images come from, in words
+    name: str = ""                   # the name under which `load` found them, "" for a folder
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
         present = raw and all((raw / file).exists() for file in IDX_FILES)
         if present:
             check_idx_files(raw, name)
-        with contextlib.redirect_stdout(io.StringIO()):  # the progress bar goes to stderr and stays
+        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results; the bar is on stderr
             data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
         if raw and not present:
             check_idx_files(raw, name)

@@ -10,15 +10,15 @@ believes. Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 20
     Algorithm 2  sampling                 ddpm
 
 Its relatives differ in one place each. A schedule says how a_t falls and s_t grows. Here beta_t is the variance of the
-noise that timestep t adds, alpha_bar_t the product of all 1 - beta up to t, and tau grows evenly from 0 to 1:
+noise that timestep t adds, alpha_bar_t the product of all 1 - beta up to t, and tau grows evenly between 0 and 1:
 
     linear   a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), beta from 1e-4 to 0.02      DDPM, section 4
     cosine   the same, where alpha_bar is a squared cosine                             iDDPM, arXiv 2102.09672, Eq. 17
     flow     a = 1 - tau, s = tau: a straight line from the image to the noise         rectified flow, arXiv 2209.03003
 
-Timesteps t run from 0, the least noisy (the paper's t = 1), to T - 1, which is noise. The lists a and s have one entry
-more, so that index -1 is the clean image, with a = 1 and s = 0. It gives the "alpha_bar_prev" of the last reverse step,
-which therefore adds no noise.
+Timesteps t run from 0, the least noisy (DDPM's t = 1), to T - 1, which is almost pure noise (DDPM's t = T). The lists a
+and s have one entry more, so that index -1 is the clean image, with a = 1 and s = 0. The last reverse step goes from
+t = 0 to t = -1, and therefore adds no noise.
 
 Images are in [-1, 1]. Shapes: B batch, C channels, H W height and width. A model is any function
 model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) where it also learns the variance of the reverse step.
@@ -56,8 +56,9 @@ class Diffusion:
     """A noise schedule, and what the network predicts under it.
 
     schedule:   linear, cosine or flow
-    prediction: eps, the noise; x0, the image; or v, the velocity a' x0 + s' eps, where (a', s') is the derivative of
-                (a, s). For linear and cosine that is (-s, a), by their angle (arXiv 2202.00512), for flow (-1, 1).
+    prediction: eps, the noise; x0, the image; or v, the velocity a' x0 + s' eps, where a' and s' are derivatives. With
+                linear and cosine, a = cos(phi) and s = sin(phi) for some angle phi, so the derivative by phi is
+                (-s, a) (arXiv 2202.00512). With flow, the derivative by tau is (-1, 1).
     timesteps:  T; the network sees t in 0 ... T - 1
     device:     that of the images, where the tables are kept too
 
@@ -79,21 +80,23 @@ class Diffusion:
 
         a, s = schedule_table(schedule, timesteps)
         da, ds = (-s, a) if schedule != "flow" else (-torch.ones_like(a), torch.ones_like(s))
-        # Every prediction gives x0 = A x_t + B out.  eps: (x_t - s eps) / a.  v: (s' x_t - s v) / (a s' - s a').
-        A, B = {
+        # x0 is x_factor x_t + out_factor out: (x_t - s eps) / a for eps, (s' x_t - s v) / (a s' - s a') for v.
+        x_factor, out_factor = {
             "eps": (1 / a, -s / a),
             "x0": (torch.zeros_like(a), torch.ones_like(a)),
             "v": (ds / (a * ds - s * da), -s / (a * ds - s * da)),
         }[prediction]
         # The samplers use plain numbers of double precision. Index -1 is the clean image.
-        self.a, self.s, self.A, self.B = [*a.tolist(), 1.0], [*s.tolist(), 0.0], A.tolist(), B.tolist()
+        self.a, self.s = [*a.tolist(), 1.0], [*s.tolist(), 0.0]
+        self.x_factor, self.out_factor = x_factor.tolist(), out_factor.tolist()
 
-        # Training uses float32 tables. They are computed in double precision, since beta is a small difference of large
-        # numbers. The variance at t = 0 is 0, which has no logarithm, so it becomes that at t = 1 (iDDPM, section 3.1).
+        # Training uses float32 tables. They are computed in double precision, since beta is the difference of almost
+        # equal numbers. The variance at t = 0 is 0, which has no logarithm, so it becomes that at t = 1 (iDDPM's code).
         posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
         _, c0, variance, beta = posterior.unbind(1)
         variance[0] = variance[1]
-        tables = dict(a=a, s=s, da=da, ds=ds, A=A, B=B, c0=c0, log_variance=variance.log(), log_beta=beta.log())
+        tables = dict(a=a, s=s, da=da, ds=ds, x_factor=x_factor, out_factor=out_factor, c0=c0)
+        tables |= dict(log_variance=variance.log(), log_beta=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
     def at(self, name: str, t: Tensor) -> Tensor:
@@ -111,30 +114,31 @@ class Diffusion:
         return eps if self.prediction == "eps" else x0
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
-        """The x0_hat that a prediction `out` means at x_t. t is (B,), or one timestep for all images."""
+        """The x0_hat that follows from a prediction `out` at x_t. t is (B,), or one timestep for all images."""
         if isinstance(t, int):
-            return self.A[t] * x_t + self.B[t] * out
-        return self.at("A", t) * x_t + self.at("B", t) * out
+            return self.x_factor[t] * x_t + self.out_factor[t] * out
+        return self.at("x_factor", t) * x_t + self.at("out_factor", t) * out
 
     def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
-        """One step back, from t to any s < t, where s = -1 is the clean image. Returns (c, c0, variance, beta).
+        """One step back, from t to any timestep s < t, where -1 is the clean image. Returns (c, c0, variance, beta).
 
-        q(x_s | x_t, x0) is N(c x_t + c0 x0, variance), and q(x_t | x_s) has the variance beta. Under linear and with
-        s = t - 1 these are DDPM Eq. 6-7. A smaller s skips timesteps, which is respacing (iDDPM, section 4).
+        q(x_t | x_s) is N(r x_s, beta) with r = a_t / a_s, and q(x_s | x_t, x0) is N(c x_t + c0 x0, variance). Under
+        linear and cosine with s = t - 1 they are DDPM Eq. 2 and 6-7. A smaller s is respacing (iDDPM, section 4).
         """
-        r = self.a[t] / self.a[s]
-        beta = self.s[t] ** 2 - (r * self.s[s]) ** 2
-        ratio = (self.s[s] / self.s[t]) ** 2
-        return r * ratio, self.a[s] * beta / self.s[t] ** 2, beta * ratio, beta
+        a, sigma = self.a, self.s  # sigma, because here s is a timestep
+        r = a[t] / a[s]
+        beta = sigma[t] ** 2 - (r * sigma[s]) ** 2
+        ratio = (sigma[s] / sigma[t]) ** 2
+        return r * ratio, a[s] * beta / sigma[t] ** 2, beta * ratio, beta
 
-    def reverse_log_variance(self, v: Tensor, t: Tensor) -> Tensor:
+    def reverse_log_variance(self, mix: Tensor, t: Tensor) -> Tensor:
         """The log variance of the reverse step from t (B,) to t - 1.
 
-        Without a learned variance, v is empty and this is that of the posterior. Otherwise v (B, C, H, W), the second
-        half of the output, sets it between that (v = -1) and that of beta (v = 1): iDDPM Eq. 15.
+        Without a learned variance, mix is empty and the result is the log of the posterior's variance. Otherwise mix
+        (B, C, H, W), the second half of the output, leads from that (at -1) to log beta (at 1): iDDPM Eq. 15.
         """
         low, high = self.at("log_variance", t), self.at("log_beta", t)
-        return torch.lerp(low, high, (v + 1) / 2) if v.shape[1] else low
+        return torch.lerp(low, high, (mix + 1) / 2) if mix.shape[1] else low
 
     def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         """The term of the variational bound (DDPM Eq. 5) that belongs to t, in bits per dimension, (B,).
@@ -158,21 +162,21 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     def cdf(z):  # of the standard normal, approximated by tanh as in the published models, to agree with them
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
-    inverse_std = (-0.5 * log_variance).exp()
+    inverse_std = (-0.5 * log_variance).exp()  # below, 1 / 255 is half a bin, since the levels are 2 / 255 apart
     below, above = cdf((x - mean - 1 / 255) * inverse_std), cdf((x - mean + 1 / 255) * inverse_std)
     p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))  # the outer bins are open
     return p.clamp(min=1e-12).log()
 
 
 def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None) -> Tensor:
-    """n timesteps in 0 ... T - 1, int64, on the CPU, one from each n-th part of the distribution.
+    """n timesteps in 0 ... T - 1, int64, on the CPU, in rising order: one from each of n equally probable parts.
 
-    So each batch covers all noise levels, and its loss varies less. uniform is DDPM's distribution, and logit-normal
-    prefers the middle of the way (arXiv 2403.03206, section 3.1).
+    So each batch covers all noise levels, and its loss varies less. uniform is DDPM's distribution. logit-normal is the
+    sigmoid of a normal variable, and prefers the middle timesteps (arXiv 2403.03206, section 3.1).
     """
     u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     if distribution == "logit-normal":
-        u = torch.sigmoid(torch.special.ndtri(u))
+        u = torch.sigmoid(torch.special.ndtri(u))  # ndtri, the inverse normal CDF, makes u normal
     elif distribution != "uniform":
         raise ValueError(f"unknown distribution {distribution!r}: use one of {', '.join(TIMESTEP_DISTRIBUTIONS)}")
     return (u * T).long().clamp(max=T - 1)
@@ -193,10 +197,11 @@ def training_loss(
 
     x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0
 
-    The loss is a squared error. snr_gamma weights that of x0_hat by min(SNR, gamma), where SNR = a^2 / s^2 (min-SNR,
-    arXiv 2303.09556). Without it, a prediction of x0 is weighted as one of v (arXiv 2511.13720), because where there is
-    little noise, the error of x0_hat is small whatever the network does. A model of 2C channels is trained with the
-    hybrid loss L_simple + L_vlb of iDDPM, section 3.1.
+    The loss is the squared error of the network's output. With snr_gamma it is that of x0_hat instead, times
+    min(SNR, snr_gamma), where SNR = a^2 / s^2 (min-SNR, arXiv 2303.09556). Without it, a predicted x0 is measured by
+    the error of the v that it implies (arXiv 2511.13720), because x0 is easy to see where there is little noise, and
+    such timesteps would hardly count. A model of 2C channels is trained with the hybrid loss L_simple + lambda L_vlb
+    (iDDPM, Eq. 16). L_vlb is a sum over T timesteps. With lambda = 1 / T, one random timestep stands for the sum.
     """
     C = x0.shape[1]
     x_t = diffusion.q_sample(x0, t, eps)
@@ -205,10 +210,10 @@ def training_loss(
     loss = error.square().flatten(1).mean(1)
     if snr_gamma is not None:
         snr = (diffusion.tables["a"] / diffusion.tables["s"]) ** 2
-        # B turns an error in `out` into one in x0_hat.
-        loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["B"] ** 2)[t]
+        # An error in `out` is an error in x0_hat that is out_factor times as large.
+        loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["out_factor"] ** 2)[t]
     elif diffusion.prediction == "x0":
-        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # the error of the v that x0_hat means
+        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # because v_hat - v is (x0 - x0_hat) / s
     if out.shape[1] == 2 * C:
         x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # detached, so L_vlb teaches only the variance
         log_variance = diffusion.reverse_log_variance(out[:, C:], t)
@@ -226,7 +231,7 @@ def training_loss(
 #   clip                     clamp x0_hat to [-1, 1], where images are. x_t is noisy and must be free to leave it
 #   callback(t, x_t, x0_hat) is called at every timestep
 #
-# In their formulas s is the next timestep. Therefore the s of the schedule is called sigma there.
+# Here s is the timestep after t on the way back. Therefore the s of the schedule is called sigma.
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
@@ -263,13 +268,13 @@ def denoise(
     diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool, callback: Callable | None
 ) -> tuple[Tensor, Tensor]:
     """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty."""
-    out, v = predict(x, t).tensor_split([x.shape[1]], dim=1)
+    out, mix = predict(x, t).tensor_split([x.shape[1]], dim=1)
     x0_hat = diffusion.predict_x0(out, x, t)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
     if callback is not None:
         callback(t, x, x0_hat)
-    return x0_hat, v
+    return x0_hat, mix
 
 
 @torch.no_grad()
@@ -282,13 +287,13 @@ def ddpm(
     The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it.
     """
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, v = denoise(diffusion, predict, x, t, clip, callback)
+        x0_hat, mix = denoise(diffusion, predict, x, t, clip, callback)
         c, c0, variance, beta = diffusion.posterior(t, s)
         x = c * x + c0 * x0_hat
         if s < 0:
             break  # the clean image: no noise
-        low, high = math.log(variance), math.log(beta)
-        std = (0.5 * (low + (v + 1) / 2 * (high - low))).exp() if v.shape[1] else math.sqrt(variance)  # iDDPM Eq. 15
+        low, high = math.log(variance), math.log(beta)  # for any s, while the tables of Diffusion hold s = t - 1
+        std = (0.5 * (low + (mix + 1) / 2 * (high - low))).exp() if mix.shape[1] else math.sqrt(variance)
         x = x + std * noise()
     return x
 
@@ -322,8 +327,8 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM with an x0_hat that is extrapolated from the last two.
 
-    It is of second order in h, the step of lambda = log(a / s). Only the first step, which has no x0_hat before it, and
-    the last, where lambda goes to infinity, are of first order.
+    It is of second order in h, the difference of lambda = log(a / s) between two timesteps. Only the first step, which
+    has no x0_hat before it, and the last, where lambda goes to infinity, are of first order.
     """
     a, sigma = diffusion.a, diffusion.s
     before = None  # x0_hat and h of the step before

@@ -1,4 +1,4 @@
-"""The network: a Diffusion Transformer with adaLN-Zero conditioning.
+"""The network: a Diffusion Transformer with adaLN-Zero conditioning (adaptive layer norm that starts at zero).
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, sections 3.1 and 3.2.
 
@@ -6,13 +6,14 @@ The network receives a noisy image x, the timestep t that says how noisy it is, 
 square patches, and each patch becomes one token of a transformer. The timestep and the label become one vector c, which
 steers every layer. The parts stand in this file in the order in which an image passes through them:
 
-    x     -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> image
+    x     -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> prediction
                                       ^                     ^
     t, y  -> embeddings -> c ---------+---------------------+
 
 The parameters carry the names of the official code, so that its published weights load with `strict=True`.
 
-Shapes: B batch, C channels, H W height and width, P patch size, N = (H/P)(W/P) tokens, D width of a token.
+Shapes: B batch, C channels (C_out: C, or 2C with learn_sigma), H W height and width, P patch size, N = (H/P)(W/P)
+tokens, D width of a token. Timesteps t run from 0 to T - 1, and T is usually 1000; diffusion.py says what they mean.
 """
 
 import math
@@ -50,7 +51,7 @@ class DiTConfig:
     hidden_size: D, the width of a token; a multiple of num_heads and of 4
     mlp_ratio:   the width inside the MLP, divided by D
     num_classes: 0 for an unconditional model; the null class ("no label") gets the index num_classes
-    learn_sigma: predict 2C output channels, of which the second half describes the variance
+    learn_sigma: predict 2C channels; the second half sets the variance of a sampling step (diffusion.py)
 
     Raises ValueError, with the fix in its message, where the numbers do not fit together.
     """
@@ -98,7 +99,7 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines, each (M, dim/2), of positions (M,) at frequencies that fall geometrically from 1 to 1/10000.
+    """Sines and cosines, each (M, dim/2), of M positions (M,) at frequencies that fall from 1 almost to 1/10000.
 
     The fast ones tell neighbours apart, the slow ones far from near (arXiv 1706.03762, section 3.5).
     """
@@ -171,9 +172,9 @@ class Attention(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU (arXiv 1606.08415) in its tanh form, x (1 + tanh u) / 2.
+    """GELU (arXiv 1606.08415) in its tanh form, x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3).
 
-    Since (1 + tanh u) / 2 is sigmoid(2u), both lines below are the same function. Compiled for a CPU, the sigmoid is
+    Since (1 + tanh u) / 2 is sigmoid(2u), both returns below are the same function. Compiled for a CPU, the sigmoid is
     three times as fast as the tanh, which saves one eighth of a training step.
     """
     if torch.compiler.is_compiling():
@@ -204,8 +205,9 @@ class DiTBlock(nn.Module):
     x: tokens (B, N, D), c: condition (B, D) -> (B, N, D)
 
     The modulation starts at zero, so both gates are zero and the block is the identity. It can learn nevertheless,
-    because the gradient of a gate is the output of its branch, and that is not zero. The final layer starts at zero as
-    well. So the first training step moves only the final layer, the second also the modulations, the third everything.
+    because the gradient of a gate contains the output of its branch as a factor, and that is not zero. The linear layer
+    at the end starts at zero as well. So the first training step moves only that layer, the second also the modulations
+    and the patch embedding, the third everything.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
@@ -215,7 +217,7 @@ class DiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, mlp_ratio)
-        # c is a plain sum of two embeddings. The SiLU lets the modulation depend on t and y together, not as a sum.
+        # c is a sum of two embeddings. Without the SiLU, the effects of t and y on the modulation would only add up.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(module.weight, std=0.02)
-        # The paper's 0.02 would make labels almost silent at first; with 0.5 they count from the start.
+        # With the official code's 0.02, labels would have almost no effect at first; with 0.5 they count at once.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)
         # These zeros come last, so that nothing above undoes them. Each block starts as the identity, the output as 0.
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]

@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row for each weight")
     mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
     what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row for each (default: 0-9)")
-    what.add_argument("--per-class", type=number(int, 1), help="images of each label, 1: all in one row (default: 10)")
+    what.add_argument("--per-class", type=number(int, 1), help="images a label; 1 puts all in one row (default: 10)")
     what.add_argument("--count", type=number(int, 1), help="images in the --npz file (default: 10000)")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     add_model_flags(parser)

@@ -28,7 +28,7 @@ from sampling import seeded
 CLASSIFIER = Path(__file__).parent / "assets" / "classifier.safetensors"
 REFERENCE = Path(__file__).parent / "assets" / "reference.safetensors"
 HELD_OUT = 10_000  # training images kept from the classifier: what to tune on, and to compare with
-COUNTS = (20, 100, 1000, 3000, 10_000)  # of images, for which the reference holds the distance of real ones
+COUNTS = (20, 100, 1000, 3000, 10_000)  # sample sizes at which the reference holds the mean FD of real images
 
 
 def conv(c_in: int, c_out: int) -> list[nn.Module]:
@@ -73,7 +73,7 @@ class RandomFeatures(nn.Module):
         x = F.relu(F.conv2d(x, self.filters0, stride=2, padding=2))  # (B, 16, 14, 14)
         x = F.relu(F.conv2d(x, self.filters1, stride=2, padding=1))  # (B, 32, 7, 7)
         x = F.conv2d(x, self.filters2, stride=2, padding=1)          # (B, 64, 4, 4)
-        return x.square().mean((2, 3)).sqrt()                        # the energy of each filter, (B, 64)
+        return x.square().mean((2, 3)).sqrt()                        # root mean square of each filter, (B, 64)
 
 
 @torch.no_grad()
@@ -103,8 +103,8 @@ def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
     """The classifier, the random network, and what they make of real images. Raises UsageError.
 
     The last is a dict. classifier.test, classifier.held_out, random.test and random.held_out are features (10,000, 64),
-    labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the Fréchet
-    distances to the test images that COUNTS random training images have on average.
+    labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the mean Fréchet
+    distances of COUNTS random training images to the test images: what samples as good as real images would have.
     """
     classifier, random = Classifier(), RandomFeatures()
     try:
@@ -121,13 +121,14 @@ def load() -> tuple[Classifier, RandomFeatures, dict[str, Tensor]]:
 
 
 def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 10 degrees, sheared, scaled by up to 10 % and moved by up to 2 pixels."""
+    """Each image turned by up to 10 degrees (0.175), sheared and scaled by up to 10 %, and moved by up to 2 pixels."""
     u = torch.rand(6, len(x), generator=generator) * 2 - 1
     angle, shear, sx, sy = u[0] * 0.175, u[1] * 0.1, 1 + 0.1 * u[2], 1 + 0.1 * u[3]
+    # The unit of affine_grid is 14 pixels, so 1/7 of it are 2 pixels.
     top = torch.stack([sx * angle.cos(), shear - angle.sin(), u[4] / 7], 1)
     bottom = torch.stack([shear + angle.sin(), sy * angle.cos(), u[5] / 7], 1)
     where = F.affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, where, align_corners=False) - 1  # what comes in from outside is black
+    return F.grid_sample(x + 1, where, align_corners=False) - 1  # it fills in 0, so 0 must be black
 
 
 def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128, seed: int = 0) -> Classifier:

@@ -2,11 +2,12 @@
 
 accuracy   the share of samples that the classifier takes for what their label says
 FD         the Fréchet distance to the real test images, in the features of judge.py. It grows where images are few.
-rho        FD over the mean FD of as many real training images with the same labels, which the classifier has not
-           learned from. So 1 is real, whatever the count. rho to random training images is smaller, because those have
-           other labels than the test set, and the classifier has learned from most of them.
-precision  the share of samples that lie among real images, in the classifier's features (arXiv 1904.06991)
-recall     the share of real images that lie among samples. Both are unsteady below some 2,000 images.
+rho        FD divided by the mean FD of as many real images with the same labels, from which the classifier has not
+           learned. So real images have rho 1 at any count. "rho to random training images" divides by the FD of random
+           ones, which is larger: their labels differ a little, and the classifier has learned from most of them.
+precision  the share of samples that lie nearer to some real image than its third-nearest real neighbour does, in the
+           classifier's features (arXiv 1904.06991)
+recall     the same with samples and real images exchanged. Both are unsteady below some 2,000 images.
 
 Intervals are 95% intervals over the choice of the samples. Compare numbers of equal counts.
 """
@@ -40,7 +41,7 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     classifier, random, reference = judges
     other = "held_out" if against == "test" else "test"
     wanted = labels_as_in(reference[f"labels.{against}"], len(images)) if labels is None else labels
-    yardsticks = [alike(wanted, reference[f"labels.{other}"], draw) for draw in range(20)]
+    yardsticks = [with_same_labels(wanted, reference[f"labels.{other}"], draw) for draw in range(20)]
     generated = dict(classifier=judge.features(classifier, images), random=judge.features(random, images))
     table = {}
     if labels is not None:
@@ -81,7 +82,7 @@ def distances(
         real=judge.expected_distance(reference[f"{space}.{other}"], target, yardsticks),
     )
     floors = {f"rho, {space}": distance["real"]}
-    if against == "test":
+    if against == "test":  # between the COUNTS, the distance is about a power of the count: a straight line in logs
         floor = np.interp(math.log(len(f)), np.log(judge.COUNTS), reference[f"{space}.floor"].log())
         floors[f"rho to random training images, {space}"] = float(np.exp(floor))
     table = {f"FD, {space}": distance}
@@ -95,10 +96,10 @@ def labels_as_in(reference: Tensor, n: int) -> Tensor:
     return reference.long().sort().values[((torch.arange(n) + 0.5) * len(reference) / n).long()]
 
 
-def alike(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
-    """Indices (N,) of real images whose labels are those of labels (N,), in another order. Each `draw` chooses anew.
+def with_same_labels(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
+    """Indices (N,), sorted by digit, of as many real images of each digit as labels (N,) has. Each `draw` chooses anew.
 
-    Where too few of the labels real (M,) are of a kind, some of these images are taken twice.
+    real (M,) are the labels of the real images. Where it has too few of a digit, some of those images are taken twice.
     """
     index, generator = [], seeded(1, draw)
     for digit, n in enumerate(labels.bincount(minlength=10).tolist()):
@@ -123,8 +124,8 @@ def share_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
 def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int = 100) -> tuple[float, float]:
     """The 95% interval of statistic(indices) over the choice of the images, where their labels (N,) stay as they are.
 
-    The spread of the resampled values is laid around the estimate, because a resample, with its duplicates, has a
-    larger Fréchet distance.
+    Only the spread of the resampled values is used, and it is centred on the estimate: a resample holds duplicates,
+    which makes its Fréchet distance too large.
     """
     generator, values = seeded(0, len(labels)), []
     groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
@@ -167,7 +168,8 @@ def bits_per_dimension(
 ) -> Table:
     """The variational bound on -log2 P(image | label) per pixel, DDPM Eq. 5, of images (N, C, S, S), uint8.
 
-    It is the sum of T terms, each of `batch` of the images, and of the divergence of the noisiest x_T from N(0, I).
+    It is the sum of T terms, each estimated from `batch` random images, and of the KL divergence of x_{T-1}, the
+    noisiest, from N(0, I).
     """
     generator, total = seeded(0, 0), 0.0
     C, device = images.shape[1], diffusion.tables["a"].device
@@ -180,7 +182,7 @@ def bits_per_dimension(
         x0_hat = diffusion.predict_x0(out[:, :C], x_t, times).clamp(-1, 1)
         log_variance = diffusion.reverse_log_variance(out[:, C:], times)
         total += diffusion.variational_bound(x0, x0_hat, log_variance, times).mean().item()
-    a, s = diffusion.a[-2], diffusion.s[-2]
+    a, s = diffusion.a[-2], diffusion.s[-2]  # of timestep T - 1, since the last entry is the clean image
     second_moment = dataset.to_float(images).square().mean().item()
     prior = 0.5 * (a**2 * second_moment + s**2 - 1 - 2 * math.log(s)) / math.log(2)
     return {"bits per dimension of real test images, at most": dict(generated=total + prior)}

@@ -1,4 +1,4 @@
-"""Muon, the optimizer of the blocks' matrices: momentum, and then the nearest orthogonal matrix.
+"""Muon, the optimizer of the blocks' matrices: it steps along the orthogonal matrix that is nearest to the momentum.
 
 A gradient has a few strong directions and many weak ones. Muon makes all equally strong, so that a step learns in each.
 Jordan et al., https://kellerjordan.github.io/posts/muon; the scale of the update is Moonlight's, arXiv 2502.16982.
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def orthogonalize(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
-    """About U V^T for each matrix G = U S V^T. All have the same shorter side, n. Singular values end near 1.
+    """About U V^T for each matrix G = U S V^T, a singular value decomposition. All have the same shorter side, n.
 
-    The Newton-Schulz iteration is X <- (a + b A + c A^2) X with A = X X^T. It changes each singular value by itself, so
-    X always is a polynomial P of the first A, times G. Therefore it is enough to iterate P and A, which are (n, n), and
-    all matrices can do so in one stack.
+    The Newton-Schulz iteration is X <- (a I + b A + c A^2) X with A = X X^T, from X = G / |G| on. It keeps U and V and
+    moves all but the smallest singular values to between 0.7 and 1.2. X is always P G, where P is a polynomial of the
+    first A. So it is enough to iterate P and A, which are (n, n), and all matrices can do so in one stack.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315  # by Jordan et al.: small singular values grow fast, and need not reach 1 exactly
     wide = [G.mT if G.size(0) > G.size(1) else G for G in matrices]
     A = torch.stack([G @ G.mT for G in wide])
     squared_norm = A.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).view(-1, 1, 1)

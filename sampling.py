@@ -21,9 +21,9 @@ DEFAULT_GUIDANCE = 1.5
 
 
 def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator with the number `index` of a seed. Both are whole numbers from 0 to 2^32 - 1."""
-    # PyTorch keeps 32 bits of a CPU generator's seed. The factor, 2^32 over the golden ratio, sets the numbers of
-    # neighbouring seeds far apart, so that they do not share generators.
+    """Random generator number `index` of a seed. Both are whole numbers from 0 to 2^32 - 1."""
+    # PyTorch keeps 32 bits of a CPU generator's seed. With seed + index, image 1 of seed 0 would be image 0 of seed 1.
+    # The factor, 2^32 divided by the golden ratio, sets the generators of neighbouring seeds far apart.
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 
@@ -47,11 +47,11 @@ def sample(
     sampler: str = "dpm++", steps: int = 20, eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
     interval: tuple[int, int] | None = None, clip: bool = True, callback: Callable | None = None,
 ) -> Tensor:
-    """Draw an image (C, S, S) in [-1, 1] for each of the labels (n,), as one batch (n, C, S, S).
+    """Draw an image for each of the labels (n,), as one batch (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
 
     indices:  the number of each image within the seed (default: 0 to n - 1)
     sampler:  one of diffusion.SAMPLERS, which looks at the image at `steps` timesteps
-    eta:      for ddim, the share of fresh noise
+    eta:      for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
     callback: called with (t, x_t, x0_hat) at each timestep
 
     For guidance and interval see diffusion.guide, for clip the samplers there.
@@ -68,7 +68,8 @@ def sample(
 class TrainedModel:
     """A trained network, the process it was trained under, and the settings that suit it, as arguments of `sample`.
 
-    is_image: whether it makes images, and not latents, which have no picture and do not stay in [-1, 1]
+    is_image: whether it makes images. Otherwise it makes latents, which a separate decoder (a VAE) turns into images;
+              they cannot be shown as they are, and are not limited to [-1, 1].
     """
 
     def __init__(self, model: DiT, diffusion: Diffusion, description: dict):
@@ -98,7 +99,7 @@ class TrainedModel:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8 in 0 ... 255, the inverse of dataset.to_float."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # uncut, 256 would become 0
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # as uint8, 256 would wrap to 0
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

