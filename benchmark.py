@@ -9,11 +9,11 @@ Whatever else a step does (the optimizer, the average, noise) takes time and doe
 medians of several rounds, with their range.
 """
 
-import argparse
 import copy
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -28,7 +28,6 @@ import checkpoint
 from cli import Parser, find_checkpoint, number, pick_device, run_script
 from diffusion import SAMPLERS, Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
-from run import LOG_EVERY
 from sampling import DEFAULT_STEPS, TrainedModel, sample
 from settings import PRESETS, parse_args, settle
 from train import Trainer, make_deterministic
@@ -41,22 +40,17 @@ CASES = [
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def wait(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def seconds(work: Callable, device: torch.device, at_least: float = 1.0) -> float:
-    """The seconds of one call of work(), averaged over as many calls as take `at_least` seconds."""
-    wait(device)
-    begin, calls = time.perf_counter(), 0
-    while time.perf_counter() - begin < at_least:
-        for _ in range(1 if device.type == "cpu" else LOG_EVERY):  # training waits for a GPU that often
-            work()
-            calls += 1
-        wait(device)
-    return (time.perf_counter() - begin) / calls
+    """The seconds of one call of work(), averaged over as many calls as take about `at_least` seconds."""
+    def clock() -> float:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()  # a GPU is still at work when a call returns
+        return time.perf_counter()
+
+    timer = timeit.Timer(work, timer=clock)
+    one = timer.timeit(1)
+    calls = int(at_least / one)
+    return timer.timeit(calls) / calls if calls > 1 else one
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -155,8 +149,16 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB"
 
 
-def benchmark(args: argparse.Namespace) -> None:
+def main() -> None:
     """Print the tables. Raises UsageError, CheckpointError."""
+    parser = Parser(description="Measure the speed of training and sampling on this machine.")
+    known = [name for name, shape in MODELS.items() if DiTConfig.image_size % shape["patch_size"] == 0]
+    models = dict(nargs="+", choices=known, metavar="NAME")
+    parser.add_argument("--models", **models, help=f"to train, of {', '.join(known)} (default: some)")
+    parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="of measurement (default: 5)")
+    parser.add_argument("--device", choices=list(PRESETS), help="(default: the best there is)")
+    args = parser.parse_args()
     device = pick_device(args.device)
     make_deterministic(device)
     weights = args.checkpoint or find_checkpoint()
@@ -181,17 +183,6 @@ def benchmark(args: argparse.Namespace) -> None:
     for sampler in tqdm(SAMPLERS, unit="row", leave=False):
         tqdm.write(sample_row(sampler, trained, device, args.rounds))
     print(f"\n{peak_memory(device)}")
-
-
-def main() -> None:
-    parser = Parser(description="Measure the speed of training and sampling on this machine.")
-    known = [name for name, shape in MODELS.items() if DiTConfig.image_size % shape["patch_size"] == 0]
-    models = dict(nargs="+", choices=known, metavar="NAME")
-    parser.add_argument("--models", **models, help=f"to train, of {', '.join(known)} (default: some)")
-    parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
-    parser.add_argument("--rounds", type=number(int, 1), default=5, help="of measurement (default: 5)")
-    parser.add_argument("--device", choices=list(PRESETS), help="(default: the best there is)")
-    benchmark(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of the weights over the training steps (train.update_ema). They draw better samp
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -93,15 +92,15 @@ def load(path: Path, model: str | None = None) -> dict:
             # With weights_only, a pickle of more than tensors and plain types is refused, and nothing in it is run.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can provoke any exception in either library
-        reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:120] or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors; nothing in it was run ({reason}): "
             "use a checkpoint of train.py, a .safetensors file or a plain state dict"
         ) from error
     if model is not None:
         return {**describe_official(path, state, model), "ema": state}
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise CheckpointError(
             f"{path} is {f'of format {found!r}' if found else 'the file of another program'}, not {FORMAT!r}: "
             "make a new one with train.py; for official DiT weights add --model DiT-XL/2"
@@ -136,11 +135,9 @@ def build(state: dict, device: torch.device | str = "cpu") -> tuple[DiT, Diffusi
         model = DiT(DiTConfig(**state["config"]))
         model.load_state_dict(state["ema"])
         diffusion = Diffusion(**state["diffusion"], device=device)
-        description = describe(
-            model.config, diffusion, tuple(state["classes"]), state["data"], state["step"], state["guidance"],
-            state.get("interval"),
-        )
+        about = {name: state[name] for name in ("classes", "data", "step", "guidance")}
+        description = describe(model.config, diffusion, **about, interval=state.get("interval"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))[:200]
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the weights do not fit the network that the checkpoint describes: {reason}") from error
     return model.to(device).eval(), diffusion, description

@@ -91,9 +91,9 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def output_path(path: Path | None, default: str) -> Path:
-    """Where to write a new file: at `path`, else at outputs/DEFAULT under the next free number. Makes its folder.
+    """Where to write a new file: `path`, else outputs/DEFAULT under the next free number. Makes the folder for it.
 
-    Raises UsageError where a file is there already, or where the suffix is not that of `default`.
+    Raises UsageError where a file is there already, or has another suffix than `default`.
     """
     stem, suffix = Path(default).stem, Path(default).suffix
     numbered = (Path("outputs") / f"{stem}-{number}{suffix}" for number in itertools.count(1))
@@ -131,8 +131,10 @@ def guidance_settings(words: list[float], timesteps: int) -> dict:
     weight, *interval = words
     if not math.isfinite(weight):
         raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
-    if interval and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps):
-        raise UsageError(f"--guidance takes W alone, or W LOW HIGH with 0 <= LOW <= HIGH <= {timesteps - 1}")
+    inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
+    if interval and not (inside and all(t == int(t) for t in interval)):
+        whole = "W alone, or W LOW HIGH with whole numbers"
+        raise UsageError(f"--guidance takes {whole}, 0 <= LOW <= HIGH <= {timesteps - 1}")
     return dict(guidance=weight, interval=[int(t) for t in interval] or None)
 
 

@@ -10,7 +10,6 @@ Pixels are stored as 0 ... 255. The network sees them as -1 ... 1.
 
 import contextlib
 import hashlib
-import io
 import itertools
 import math
 import re
@@ -30,7 +29,7 @@ import torchvision.datasets
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # The class of each data set in torchvision.datasets.
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
@@ -100,13 +99,9 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
     place = f"put {', '.join(IDX_FILES)} into {raw}" if raw else f"put cifar-10-batches-py into {root}"
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        present = raw and all((raw / file).exists() for file in IDX_FILES)
-        if present:
+        if raw and all((raw / file).exists() for file in IDX_FILES):  # what it downloads, torchvision checks by itself
             check_idx_files(raw, name)
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results; the bar is on stderr
-            data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
-        if raw and not present:
-            check_idx_files(raw, name)
+        data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, HTTP, SSL, a bad file
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"cannot get {class_name} ({reason}): {place}, or name a folder that has it by --data-dir"
@@ -163,9 +158,9 @@ class FolderPixels(torchvision.datasets.ImageFolder):
     """
 
     def __init__(self, root: Path, size: int):
-        def is_image(path: str) -> bool:
-            hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
-            return Path(path).suffix.lower() in IMAGE_SUFFIXES and not hidden
+        def is_image(path: Path) -> bool:
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
         super().__init__(root, loader=read_image, is_valid_file=is_image, allow_empty=True)
         empty = sorted(set(self.classes) - {self.classes[label] for label in self.targets})
@@ -174,20 +169,28 @@ class FolderPixels(torchvision.datasets.ImageFolder):
         if empty:
             raise DataError(f"the class folder {root / empty[0]} holds no images: remove it, or put images in")
         grey = all(is_grey(path) for path, _ in self.samples[:: max(1, len(self.samples) // 64)])
-        resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
-        self.transform = v2.Compose(
-            [v2.Grayscale() if grey else v2.RGB(), resize, v2.CenterCrop(size), v2.PILToTensor()]
-        )
+        fit = v2.Lambda(lambda image: ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+        self.transform = v2.Compose([v2.Grayscale() if grey else v2.RGB(), fit, v2.PILToTensor()])
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """The class folders, or "." for a folder that holds images itself."""
-        entries = [entry for entry in Path(directory).iterdir() if not entry.name.startswith((".", "__"))]
-        names = sorted(entry.name for entry in entries if entry.is_dir())  # a "__" folder is left by macOS or Python
+        entries = [entry for entry in Path(directory).iterdir() if not entry.name.startswith(".")]
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        names = sorted(name for name in folders if not name.startswith("__"))  # macOS and Python leave such folders
         loose = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries if entry.is_file())
         if loose and names:
             raise DataError(f"{directory} holds both images and folders: keep a folder for each class, or images alone")
         names = names or ["."]
         return names, {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory, class_to_idx, extensions, is_valid_file, allow_empty) -> list[tuple[str, int]]:
+        """(path, label) of each image. Unlike torchvision's, it does not follow links to folders, which may loop."""
+        found = []
+        for name, label in class_to_idx.items():
+            files = sorted(Path(directory, name).glob("*" if name == "." else "**/*"))
+            found += [(str(file), label) for file in files if file.is_file() and is_valid_file(file)]
+        return found
 
     def __getitem__(self, i: int) -> Tensor:
         return super().__getitem__(i)[0]
@@ -228,9 +231,9 @@ def from_folder(root: Path, size: int) -> Images:
     count = f"{n:,} images of {root.resolve().name}"
     if n * folder[0].numel() > MEMORY_LIMIT:
         return Images(folder, labels, classes, f"{count}, read from disk as they are needed")
-    with ThreadPoolExecutor() as pool:  # threads are enough, since decoding releases Python's lock
-        read = tqdm(pool.map(folder.__getitem__, range(n)), f"reading {root.name}", n, unit="image", leave=False)
-        return Images(torch.stack(list(read)), labels, classes, count)
+    # Threads are enough, since decoding releases Python's lock.
+    images = thread_map(folder.__getitem__, range(n), desc=f"reading {root.name}", unit="image", leave=False)
+    return Images(torch.stack(images), labels, classes, count)
 
 
 def index_batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
@@ -266,10 +269,12 @@ def batches(
             index = index.to(device)
             yield to_float(pixels[index]), labels[index]
         return
-    with ThreadPoolExecutor() as pool:
-        ahead = deque()  # batches that are being read while the network works
+    pool, ahead = ThreadPoolExecutor(), deque()  # ahead: batches that are being read while the network works
+    try:
         for index in indices:
             ahead.append((index, pool.map(data.pixels.__getitem__, index.tolist())))
             if len(ahead) > READ_AHEAD:
                 index, images = ahead.popleft()
                 yield to_float(torch.stack(list(images)).to(device)), data.labels[index].to(device)
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is still ahead need not be read

@@ -69,10 +69,9 @@ class Diffusion:
         self, schedule: str = "linear", prediction: str = "eps", timesteps: int = 1000,
         device: torch.device | str = "cpu",
     ):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+        for what, name, known in (("schedule", schedule, SCHEDULES), ("prediction", prediction, PREDICTIONS)):
+            if name not in known:
+                raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(known)}")
         if timesteps < 2:
             raise ValueError(f"timesteps is {timesteps}: use 2 or more (1000 is usual)")
         self.config = dict(schedule=schedule, prediction=prediction, timesteps=timesteps)
@@ -225,11 +224,10 @@ def training_loss(
 #
 # A sampler takes noise x (B, C, H, W) at timesteps[0] and returns images. It calls `predict` once for each timestep.
 #
-#   predict(x_t, t)          the network's output for the whole batch at one timestep t, see `guide`
-#   timesteps                decreasing, from T - 1 to 0, see `spaced_timesteps`
-#   noise()                  a fresh N(0, I) tensor like x
-#   clip                     clamp x0_hat to [-1, 1], where images are. x_t is noisy and must be free to leave it
-#   callback(t, x_t, x0_hat) is called at every timestep
+#   predict(x_t, t)  the network's output for the whole batch at one timestep t, see `guide`
+#   timesteps        decreasing, from T - 1 to 0, see `spaced_timesteps`
+#   noise()          a fresh N(0, I) tensor like x
+#   options          clip and callback, see `denoise`
 #
 # Here s is the timestep after t on the way back. Therefore the s of the schedule is called sigma.
 
@@ -265,9 +263,13 @@ def guide(
 
 
 def denoise(
-    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool, callback: Callable | None
+    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool = True, callback: Callable | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty."""
+    """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty.
+
+    clip clamps x0_hat to [-1, 1], where images are. x_t is noisy, and must be free to leave that range. The callback is
+    called with (t, x_t, x0_hat).
+    """
     out, mix = predict(x, t).tensor_split([x.shape[1]], dim=1)
     x0_hat = diffusion.predict_x0(out, x, t)
     if clip:
@@ -279,15 +281,14 @@ def denoise(
 
 @torch.no_grad()
 def ddpm(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, clip: bool = True,
-    callback: Callable | None = None,
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, **options
 ) -> Tensor:
     """DDPM Algorithm 2: each step draws from q(x_s | x_t, x0_hat), with the posterior's variance or a learned one.
 
     The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it.
     """
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, mix = denoise(diffusion, predict, x, t, clip, callback)
+        x0_hat, mix = denoise(diffusion, predict, x, t, **options)
         c, c0, variance, beta = diffusion.posterior(t, s)
         x = c * x + c0 * x0_hat
         if s < 0:
@@ -301,7 +302,7 @@ def ddpm(
 @torch.no_grad()
 def ddim(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
-    eta: float = 0.0, clip: bool = True, callback: Callable | None = None,
+    eta: float = 0.0, **options,
 ) -> Tensor:
     """DDIM, arXiv 2010.02502, Eq. 12 and 16: go on with x0_hat and eps_hat to the noise level of s.
 
@@ -311,7 +312,7 @@ def ddim(
         raise ValueError("eta above 0 adds noise: give the function that draws it, or eta 0")
     a, sigma = diffusion.a, diffusion.s
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)
+        x0_hat, _ = denoise(diffusion, predict, x, t, **options)
         eps_hat = (x - a[t] * x0_hat) / sigma[t]  # from x0_hat, which may have been clipped
         variance = eta**2 * diffusion.posterior(t, s)[2]
         x = a[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
@@ -321,10 +322,7 @@ def ddim(
 
 
 @torch.no_grad()
-def dpm_solver(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], clip: bool = True,
-    callback: Callable | None = None,
-) -> Tensor:
+def dpm_solver(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], **options) -> Tensor:
     """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM with an x0_hat that is extrapolated from the last two.
 
     It is of second order in h, the difference of lambda = log(a / s) between two timesteps. Only the first step, which
@@ -333,7 +331,7 @@ def dpm_solver(
     a, sigma = diffusion.a, diffusion.s
     before = None  # x0_hat and h of the step before
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, _ = denoise(diffusion, predict, x, t, clip, callback)
+        x0_hat, _ = denoise(diffusion, predict, x, t, **options)
         if s < 0:
             return x0_hat
         h = math.log(a[s] / sigma[s]) - math.log(a[t] / sigma[t])

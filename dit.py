@@ -26,13 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Each size is (width, depth, heads). S to XL are Table 1 of the paper; N, U and T (nano, micro, tiny) are for digits.
 SIZES = {
-    "N": (128, 5, 4),
-    "U": (160, 5, 5),
-    "T": (256, 8, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
+    "N": (128, 5, 4), "U": (160, 5, 5), "T": (256, 8, 4),
+    "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }
 # {"DiT-S/2": {"hidden_size": 384, "depth": 12, "num_heads": 6, "patch_size": 2}, ...}
 MODELS = {
@@ -134,9 +129,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequencies: int = 256):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         sin, cos = sincos(t.float(), self.frequencies)

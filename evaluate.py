@@ -33,7 +33,7 @@ LEAST, MOST = 20, 10_000  # images that are compared; there are 10,000 real ones
 # What each sweep sets: the flags in words, and the options of `sample` at each of its points.
 SWEEPS = {
     "steps": ("--steps", [dict(steps=n) for n in (5, 8, 10, 15, 20, 30, 50)]),
-    "guidance": ("--guidance", [dict(guidance=w, interval=None) for w in (1.0, 1.25, 1.5, 1.75, 2.0, 3.0)]),
+    "guidance": ("--guidance", [dict(guidance=w) for w in (1.0, 1.25, 1.5, 1.75, 2.0, 3.0)]),
     "sampler": ("--sampler and --steps", [
         dict(sampler=sampler, steps=n)
         for sampler, counts in (("dpm++", (5, 10, 20)), ("ddim", (10, 20, 50)), ("ddpm", (50, 200)))
@@ -59,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.npz and (args.checkpoint or args.model or args.steps or args.guidance or args.sweep or "bits" in args.also):
         raise UsageError("--npz holds images already: leave out the flags of model and sampling, and --also bits")
-    if args.sweep and (args.guidance if args.sweep == "guidance" else args.steps) is not None:
+    weight = args.guidance and len(args.guidance) == 1  # --guidance W LOW HIGH says where the weights of a sweep act
+    if args.sweep and (weight if args.sweep == "guidance" else args.steps is not None):
         raise UsageError(f"--sweep {args.sweep} sets {SWEEPS[args.sweep][0]} by itself: leave what it sets out")
     if args.sweep and args.also:
         raise UsageError("--sweep and --also are two measurements: leave one out")
@@ -89,6 +90,8 @@ def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
 def open_digits_model(args: argparse.Namespace) -> TrainedModel:
     """The model to measure. Raises UsageError where it does not draw digits, or cannot do what is asked."""
     trained = open_model(args)
+    if args.sweep == "guidance" and not args.guidance:
+        trained.settings["interval"] = None
     config, description, T = trained.model.config, trained.description, trained.diffusion.T
     digits = description["classes"] == list(dataset.DIGITS)
     if not digits or (config.in_channels, config.image_size) != (1, 28):
@@ -203,7 +206,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         trained, images = open_digits_model(args), None
         labels = labels_as_in(judges[2][f"labels.{against}"], args.count or MOST)
         result = dict(checkpoint=str(args.checkpoint), **trained.settings)
-    how = ", ".join(f"{name} {value}" for name, value in result.items())
+    how = ", ".join(f"{name} {value}" for name, value in result.items() if name != "clip")
     result |= dict(count=len(labels if images is None else images), against=against)
     if trained:
         result |= {name: trained.description[name] for name in ("config", "diffusion", "data", "step")}
@@ -222,6 +225,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         if trained:
             images, seconds = draw(trained, labels, args.batch_size)
             result |= dict(seconds=seconds)
+            how += f"; sampled in {seconds:.1f} s"
         table = measure(images, labels, judges, against) | (more(args, images, labels, trained, mnist) if mnist else {})
         save(numbers=table)
         print(f"{len(images):,} images against the {args.against} images; {how}\n{show_table(table)}")

@@ -141,7 +141,8 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     timesteps = spaced_timesteps(trained.diffusion.T, trained.settings["steps"])
     shown = timesteps[:: math.ceil(len(timesteps) / (9 if args.trajectory else 40))]
     noisy = {t: [] for t in shown if args.trajectory or args.gif}  # x_t of each batch, at the timesteps shown
-    weights = [dict(guidance=weight, interval=None) for weight in args.compare_guidance or ()] or [{}]
+    interval = trained.settings["interval"] if args.guidance else None  # --guidance W LOW HIGH says where they act
+    weights = [dict(guidance=weight, interval=interval) for weight in args.compare_guidance or ()] or [{}]
 
     def look(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
         if t in noisy:

@@ -149,8 +149,11 @@ def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128,
     return model.eval()
 
 
-def make(data_dir: str) -> None:
-    """Train the classifier and write both files. Raises DataError."""
+def main() -> None:
+    """Train the classifier and write both files. Raises UsageError, DataError."""
+    parser = Parser(description="Train the judge of evaluate.py. Writes its files in assets/.")
+    parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
+    data_dir = parser.parse_args().data_dir
     train, test = dataset.load("mnist", data_dir), dataset.load("mnist", data_dir, train=False)
     order = torch.randperm(len(train.labels), generator=seeded(0, 0))
     held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
@@ -174,12 +177,6 @@ def make(data_dir: str) -> None:
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     for path, tensors in ((CLASSIFIER, weights), (REFERENCE, reference)):
         checkpoint.write_whole(path, lambda file, tensors=tensors: file.write(save(tensors)))
-
-
-def main() -> None:
-    parser = Parser(description="Train the judge of evaluate.py. Writes its files in assets/.")
-    parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
-    make(parser.parse_args().data_dir)
 
 
 if __name__ == "__main__":

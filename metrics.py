@@ -51,10 +51,9 @@ def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str =
     for space, f in generated.items():
         table |= distances(space, f, groups, reference, against, other, yardsticks)
     target, real = reference[f"classifier.{against}"], reference[f"classifier.{other}"][yardsticks[0]]
-    radius, table["precision"], table["recall"] = neighbourhoods(target), {}, {}
-    for who, f in (("generated", generated["classifier"]), ("real", real)):
-        table["precision"][who] = share_within(f, target, radius)
-        table["recall"][who] = share_within(target, f, neighbourhoods(f))
+    both, radius = dict(generated=generated["classifier"], real=real), neighbourhoods(target)
+    table["precision"] = {who: share_within(f, target, radius) for who, f in both.items()}
+    table["recall"] = {who: share_within(target, f, neighbourhoods(f)) for who, f in both.items()}
     return table
 
 

@@ -17,7 +17,8 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,8 +94,9 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, remember)
 
-    def open(self, name: str, settings: dict, description: dict, announcement: str) -> "Run":
-        """Make the folder, or go on in it, and tell the user what will happen there.
+    @contextmanager
+    def open(self, name: str, settings: dict, description: dict, announcement: str) -> Iterator[None]:
+        """Make the folder, or go on in it, and tell the user what will happen there. Inside, steps can be logged.
 
         name: of a new folder, runs/NAME-N; settings: see settings.py; description: see checkpoint.describe
         """
@@ -103,7 +105,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.folder = self.folder or new_folder(name)
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "samples").mkdir(parents=True, exist_ok=self.step > 0)  # a run that is new is alone
             # A run that was killed has logged steps after its last checkpoint. They will be taken again.
             log = self.folder / "log.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
@@ -112,7 +114,12 @@ class Run:
             print(f"{self.folder}: {announcement}", flush=True)
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
         self.clock = time.perf_counter()
-        return self
+        try:
+            yield
+        finally:
+            self.bar.close()
+            if RANK == 0:
+                self.tensorboard.close()
 
     def log(self, loss: Tensor, norm: Tensor, lr: float) -> None:
         """Count a step as done. Its loss and the norm of its gradient, tensors of one number, are read later."""
@@ -131,10 +138,9 @@ class Run:
         if WORLD > 1:  # the loss of a batch is the mean over its parts
             dist.all_reduce(losses)
             losses /= WORLD
-        steps = range(self.step - len(rates) + 1, self.step + 1)
-        names = ("step", "loss", "gradient_norm", "lr")
-        columns = zip(steps, losses.tolist(), norms.tolist(), rates, strict=True)
-        entries = [dict(zip(names, column, strict=True)) for column in columns]
+        columns = zip(losses.tolist(), norms.tolist(), rates, strict=True)
+        first = self.step - len(rates) + 1
+        entries = [dict(step=n, loss=x, gradient_norm=g, lr=lr) for n, (x, g, lr) in enumerate(columns, first)]
         bad = [entry["step"] for entry in entries if not math.isfinite(entry["loss"] + entry["gradient_norm"])]
         if bad:
             good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
@@ -145,7 +151,7 @@ class Run:
         if RANK == 0:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            for name in names[1:]:
+            for name in ("loss", "gradient_norm", "lr"):
                 self.tensorboard.add_scalar(name, entries[-1][name], self.step)
         rate = self.settings["batch_size"] * len(entries) / (time.perf_counter() - self.clock)
         self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} img/s")
@@ -175,14 +181,6 @@ class Run:
             plot_loss(self.folder)
             self.clock = time.perf_counter()  # this time does not belong to the speed of training
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if RANK == 0:
-            self.tensorboard.close()
-
     def finish(self, weights: dict) -> int:
         """Write weights.safetensors, or say how a run that was stopped can go on. Returns the exit status."""
         stopped = self.step < self.steps
@@ -202,11 +200,9 @@ def new_folder(name: str) -> Path:
     """Make the next free runs/NAME-N."""
     for number in itertools.count(1):
         folder = RUNS / f"{name}-{number}"
-        try:
+        with suppress(FileExistsError):  # perhaps made by a run that began this very moment
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # perhaps made by a run that began this very moment
-            continue
 
 
 def plot_loss(folder: Path) -> None:

@@ -27,23 +27,18 @@ def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.G
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 
-class ImageNoise:
+def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch.device | str) -> Callable[[], Tensor]:
     """Gaussian noise for the images `indices` of a seed. Each call returns fresh noise (n, *shape) on the device.
 
     Every image has a generator of its own, on the CPU. Image i of a seed therefore meets the same noise in a batch of
     any size and on any device.
     """
-
-    def __init__(self, seed: int, indices: range | list[int], shape: tuple[int, ...], device: torch.device | str):
-        self.generators = [seeded(seed, i) for i in indices]
-        self.shape, self.device = shape, device
-
-    def __call__(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+    generators = [seeded(seed, i) for i in indices]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 def sample(
-    model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | list[int] | None = None,
+    model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | None = None,
     sampler: str = "dpm++", steps: int = 20, eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
     interval: tuple[int, int] | None = None, clip: bool = True, callback: Callable | None = None,
 ) -> Tensor:
@@ -54,11 +49,11 @@ def sample(
     eta:      for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
     callback: called with (t, x_t, x0_hat) at each timestep
 
-    For guidance and interval see diffusion.guide, for clip the samplers there.
+    For guidance and interval see diffusion.guide, for clip diffusion.denoise.
     """
     config, device = model.config, model.pos_embed.device
     shape = (config.in_channels, config.image_size, config.image_size)
-    noise = ImageNoise(seed, range(len(labels)) if indices is None else indices, shape, device)
+    noise = image_noise(seed, range(len(labels)) if indices is None else indices, shape, device)
     predict = guide(model, labels.to(device), config.num_classes, guidance if config.num_classes else 1.0, interval)
     options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta), "dpm++": {}}[sampler]
     timesteps = spaced_timesteps(diffusion.T, steps)

@@ -16,12 +16,10 @@ from sampling import DEFAULT_GUIDANCE
 
 TIMESTEPS = 1000  # T, as in DDPM
 # Intel's AMX multiplies matrices of bfloat16 about seven times as fast as float32. Other CPUs gain little, or lose.
-AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+CPU_PRECISION = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "fp32"
 # The defaults that depend on the device. On a CPU with 2 cores they take up to 10 minutes.
 PRESETS = {
-    "cpu": dict(
-        model="DiT-N/7", steps=3600, batch_size=128, lr=1e-2, precision="bf16" if AMX else "fp32", compile=True
-    ),
+    "cpu": dict(model="DiT-N/7", steps=3600, batch_size=128, lr=1e-2, precision=CPU_PRECISION, compile=True),
     "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
@@ -106,9 +104,15 @@ def settle(given: argparse.Namespace, device: torch.device, state: dict) -> argp
             raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: {fix}")
     known = {name: value for name, value in saved.items() if name in DEFAULTS}
     args = argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **known, **explicit})
-    if not given.guidance:  # that of the run that goes on, or else of this kind of run
-        args.guidance = [state["guidance"], *(state["interval"] or ())] if state else default_guidance(args)
-    guidance_settings(args.guidance, TIMESTEPS)
+    if state and not given.guidance:
+        args.guidance = [state["guidance"], *(state.get("interval") or ())]
+    elif not given.guidance:
+        # With flow, guiding only the middle of the way is better by every measure (assets/recipe.md), and cheaper.
+        args.guidance = [2.0, 300, 800] if args.schedule == "flow" else [DEFAULT_GUIDANCE]
+        if not args.label_dropout:  # then no unconditional prediction is learned, from which one could move away
+            args.guidance = [1.0]
+    if not 0 <= guidance_settings(args.guidance, TIMESTEPS)["guidance"] <= 100:
+        raise UsageError(f"--guidance is {args.guidance[0]}: use 0 to 100")
     if state and state["step"] >= args.steps:
         raise UsageError(f"{given.resume} is at step {state['step']} already: ask for more with --steps")
     if args.batch_size % (WORLD * args.accumulate):
@@ -116,14 +120,3 @@ def settle(given: argparse.Namespace, device: torch.device, state: dict) -> argp
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
     del args.run_dir, args.resume  # which are not settings that a run would keep
     return args
-
-
-def default_guidance(args: argparse.Namespace) -> list[float]:
-    """W, or W LOW HIGH, to draw samples with.
-
-    With flow, guiding only the middle of the way is better by every measure (assets/recipe.md), and cheaper. Where no
-    labels are hidden in training, there is no unconditional prediction to move away from.
-    """
-    if not args.label_dropout:
-        return [1.0]
-    return [2.0, 300, 800] if args.schedule == "flow" else [DEFAULT_GUIDANCE]

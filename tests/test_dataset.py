@@ -219,6 +219,19 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
     assert data.labels.tolist() == [0, 0, 1]
 
 
+def test_links_to_folders_are_not_followed(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    for link in ("one", "two"):
+        (tmp_path / "a" / link).symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    assert load(str(tmp_path), image_size=4).labels.tolist() == [0]
+
+
+def test_a_long_thin_image_is_cropped_before_it_is_enlarged(tmp_path):
+    save(tmp_path / "a.png", size=(2, 60_000))
+    assert FolderPixels(tmp_path, 256)[0].shape == (3, 256, 256)  # uncropped, it would be of 6 gigabytes
+
+
 def test_photographs_are_turned_upright(tmp_path):
     image = Image.new("L", (8, 8))
     image.paste(255, (0, 0, 8, 4))  # a white upper half

@@ -16,7 +16,7 @@ from cli import UsageError
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
 from inference import parse_labels
-from sampling import ImageNoise, sample
+from sampling import image_noise, sample
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def test_an_image_is_the_same_in_any_batch_and_of_any_count(network, sampler):
 
 
 def test_another_seed_is_another_image_and_seeds_share_none():
-    noise = [ImageNoise(seed, range(100), (4,), "cpu")() for seed in (0, 1, 2**32 - 1)]
+    noise = [image_noise(seed, range(100), (4,), "cpu")() for seed in (0, 1, 2**32 - 1)]
     every = torch.cat(noise)
     assert len(every.unique(dim=0)) == 300
 
 
 def test_noise_is_normal_within_and_between_images():
-    noise = ImageNoise(0, range(500), (1, 8, 8), "cpu")
+    noise = image_noise(0, range(500), (1, 8, 8), "cpu")
     first, second = noise().flatten(1), noise().flatten(1)
     for x in (first, first[:, 0], second):
         assert abs(x.mean()) < 0.15
@@ -96,6 +96,9 @@ def test_an_animation_has_a_frame_a_step_and_rests(draw):
 def test_compared_guidance_is_a_row_a_weight(draw):
     image = np.asarray(Image.open(draw("--compare-guidance", 0, 1, 4, "--labels", 0, 1, 2)))
     assert image.shape == ((3 * 10 + 2) * 8, (3 * 10 + 2) * 8)
+    command = ["--compare-guidance", 0, 1, 4, "--labels", 0, 1, 2, "--guidance", 1, 300, 400]
+    between = np.asarray(Image.open(draw(*command)))  # at these timesteps alone
+    assert between.shape == image.shape and not np.array_equal(between, image)
 
 
 def test_an_npz_is_what_evaluators_read(draw):

@@ -277,6 +277,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_settings(tiny_run, tmp_pat
         (tmp_path / name).mkdir()
         described = dict(guidance=1.5, interval=[200, 900], args=args)
         checkpoint.save(tmp_path / name / "checkpoint.pt", {**state, **described})
+    older = {name: value for name, value in checkpoint.load(tmp_path / "same").items() if name != "interval"}
+    (tmp_path / "older").mkdir()
+    checkpoint.save(tmp_path / "older" / "checkpoint.pt", older)  # as before there were intervals
+    assert run("--resume", tmp_path / "older", "--steps", 21) == 0
     assert run("--resume", tmp_path / "same", "--steps", 21) == 0
     state = checkpoint.load(tmp_path / "same")
     assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
@@ -347,8 +351,11 @@ def test_guidance_of_ones_own_is_kept_with_the_weights(tiny_run, images, tmp_pat
     for name in ("checkpoint.pt", "weights.safetensors"):
         state = checkpoint.load(tmp_path / "run" / name)
         assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
-    for bad in (["--guidance", 200, 900], ["--guidance", 2, 9, 8], ["--guidance", 2, 9, 1000]):
-        with pytest.raises(UsageError, match="W LOW HIGH with 0 <= LOW <= HIGH <= 999"):
+    with pytest.raises(UsageError, match="--guidance is -5.0: use 0 to 100"):
+        run("--dataset", images, *TINY, "--guidance", -5)
+    for bad in ([200, 900], [2, 9, 8], [2, 9, 1000], [2, 9.5, 10]):
+        bad = ["--guidance", *bad]
+        with pytest.raises(UsageError, match="W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= 999"):
             run("--dataset", images, *TINY, *bad)
 
 
