@@ -59,11 +59,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.npz and (args.checkpoint or args.model or args.steps or args.guidance or args.sweep or "bits" in args.also):
         raise UsageError("--npz holds images already: leave out the flags of model and sampling, and --also bits")
-    weight = args.guidance and len(args.guidance) == 1  # --guidance W LOW HIGH says where the weights of a sweep act
+    weight = args.guidance and len(args.guidance) == 1
     if args.sweep and (weight if args.sweep == "guidance" else args.steps is not None):
         raise UsageError(f"--sweep {args.sweep} sets {SWEEPS[args.sweep][0]} by itself: leave what it sets out")
     if args.sweep and args.also:
         raise UsageError("--sweep and --also are two measurements: leave one out")
+    if args.sweep == "guidance":  # each point has its own weight, which acts throughout or at LOW HIGH of --guidance
+        args.guidance = args.guidance or [1.0]
     return args
 
 
@@ -90,8 +92,6 @@ def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
 def open_digits_model(args: argparse.Namespace) -> TrainedModel:
     """The model to measure. Raises UsageError where it does not draw digits, or cannot do what is asked."""
     trained = open_model(args)
-    if args.sweep == "guidance" and not args.guidance:
-        trained.settings["interval"] = None
     config, description, T = trained.model.config, trained.description, trained.diffusion.T
     digits = description["classes"] == list(dataset.DIGITS)
     if not digits or (config.in_channels, config.image_size) != (1, 28):
@@ -128,7 +128,9 @@ def draw(trained: TrainedModel, labels: Tensor, *arguments, **options) -> tuple[
     return images, time.perf_counter() - begin
 
 
-def sweep(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, judges: tuple) -> Iterator[list[dict]]:
+def sweep(
+    args: argparse.Namespace, trained: TrainedModel, labels: Tensor, judges: tuple, against: str
+) -> Iterator[list[dict]]:
     """Measure at each point of a sweep, and print a table line by line. Yields the results so far after each point."""
     results, (flag, points) = [], SWEEPS[args.sweep]
     print(f"| {flag} | calls of the network | seconds for {len(labels):,} | accuracy | rho, classifier | rho, random |")
@@ -138,9 +140,9 @@ def sweep(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, judge
         low, high = settings["interval"] or (0, math.inf)
         timesteps = spaced_timesteps(trained.diffusion.T, settings["steps"])
         guided = sum(settings["guidance"] not in (0, 1) and low <= t <= high for t in timesteps)  # there are two calls
-        name = " ".join(str(value) for value in options.values() if value is not None)
+        name = " ".join(str(value) for value in options.values())
         images, seconds = draw(trained, labels, args.batch_size, f"{args.sweep} {name}", **options)
-        table = measure(images, labels, judges, args.against.replace("-", "_"))
+        table = measure(images, labels, judges, against)
         results.append(dict(name=name, **settings, calls=len(timesteps) + guided, seconds=seconds, numbers=table))
         rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
         line = f"| {name} | {len(timesteps) + guided} | {seconds:.1f} | {table['accuracy']['generated']:.2%}"
@@ -216,7 +218,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         checkpoint.write_whole(args.output, lambda file: file.write(content))
 
     if args.sweep:
-        for results in sweep(args, trained, labels, judges):
+        for results in sweep(args, trained, labels, judges, against):
             save(sweep=results)
         draw_sweep(args.sweep, results, picture)
     else:

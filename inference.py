@@ -51,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError("--trajectory and --compare-guidance draw one image a label: leave --per-class out")
     if not all(map(math.isfinite, args.compare_guidance or ())):
         raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
+    if args.compare_guidance:  # each row has its own weight, which acts throughout or at the LOW HIGH of --guidance
+        args.guidance = args.guidance or [1.0]
     return args
 
 
@@ -119,7 +121,6 @@ def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
                     member.write(images.tobytes())
             with archive.open("labels.npy", "w") as member:
                 np.save(member, labels.numpy())
-        file.truncate()
 
     if RANK == 0:
         checkpoint.write_whole(path, write)
@@ -141,8 +142,7 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     timesteps = spaced_timesteps(trained.diffusion.T, trained.settings["steps"])
     shown = timesteps[:: math.ceil(len(timesteps) / (9 if args.trajectory else 40))]
     noisy = {t: [] for t in shown if args.trajectory or args.gif}  # x_t of each batch, at the timesteps shown
-    interval = trained.settings["interval"] if args.guidance else None  # --guidance W LOW HIGH says where they act
-    weights = [dict(guidance=weight, interval=interval) for weight in args.compare_guidance or ()] or [{}]
+    weights = [dict(guidance=weight) for weight in args.compare_guidance or ()] or [{}]
 
     def look(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
         if t in noisy:

