@@ -25,11 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
-from cli import Parser, find_checkpoint, number, pick_device, run_script
-from diffusion import SAMPLERS, Diffusion, training_loss
+from cli import Parser, cpu_precision, find_checkpoint, number, pick_device, run_script
+from diffusion import Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
 from sampling import DEFAULT_STEPS, TrainedModel, sample
 from settings import PRESETS, parse_args, settle
+from shortcut import SHORTCUTS
 from train import Trainer, make_deterministic
 
 # The model, the optimizer, and the batch size on a CPU.
@@ -124,13 +125,13 @@ def train_row(precision: str, model: str, optimizer: str, batch: int, device: to
     )
 
 
-def sample_row(sampler: str, trained: TrainedModel, device: torch.device, rounds: int) -> str:
+def sample_row(sampler: str, steps: int, trained: TrainedModel, device: torch.device, rounds: int) -> str:
     """A line of the table of sampling."""
-    steps = min(DEFAULT_STEPS[sampler], trained.diffusion.T)
     times = {n: [] for n in (1, 100)}
     for n, results in times.items():
         labels = torch.arange(n) % max(trained.model.config.num_classes, 1)
-        draw = partial(sample, trained.model, trained.diffusion, labels, sampler=sampler, **trained.settings)
+        settings = {**trained.settings, "sampler": sampler}
+        draw = partial(sample, trained.model, trained.diffusion, labels, **settings)
         draw(steps=2)  # to warm up
         results += [seconds(partial(draw, steps=steps), device, 0.3) for _ in range(rounds)]
     rate = 100 / statistics.median(times[100])
@@ -165,7 +166,7 @@ def main() -> None:
     trained = TrainedModel(*checkpoint.build(checkpoint.load(weights), device))
     cases = [case for case in CASES if not args.models or case[0] in args.models]
     cases += [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in CASES}]
-    usual = PRESETS[device.type]["precision"]
+    usual = PRESETS[device.type].get("precision") or cpu_precision()
     precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
     threads = f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else threads}, PyTorch {torch.__version__}")
@@ -180,8 +181,10 @@ def main() -> None:
         tqdm.write(train_row(precision, model, optimizer, batch, device, args.rounds))
     print(f"\n{weights}:\n\n| sampler, steps | one digit, s | 100 digits, s | digits a second |")
     print("|---|---|---|---|", flush=True)
-    for sampler in tqdm(SAMPLERS, unit="row", leave=False):
-        tqdm.write(sample_row(sampler, trained, device, args.rounds))
+    rows = [(name, min(n, trained.diffusion.T)) for name, n in DEFAULT_STEPS.items() if name != "shortcut"]
+    rows = [("shortcut", n) for n in SHORTCUTS] if trained.model.config.shortcut else rows
+    for sampler, steps in tqdm(rows, unit="row", leave=False):
+        tqdm.write(sample_row(sampler, steps, trained, device, args.rounds))
     print(f"\n{peak_memory(device)}")
 
 

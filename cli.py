@@ -6,8 +6,10 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,11 +19,13 @@ from tqdm import tqdm
 import checkpoint
 from diffusion import SAMPLERS
 from sampling import DEFAULT_STEPS, TrainedModel
+from shortcut import SHORTCUTS
 
 # torchrun tells each process its number, its number on its machine, and how many there are. Alone, it is number 0 of 1.
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 RUNS = Path("runs")
 BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
+DISTILLED_WEIGHTS = BUNDLED_WEIGHTS.with_name("dit-mnist-fast.safetensors")
 
 
 class UsageError(Exception):
@@ -90,6 +94,24 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+@cache
+def cpu_precision() -> str:
+    """The precision in which a network is faster on this CPU: bf16 where its products take two thirds of fp32's time.
+
+    Whether they do is measured, in some milliseconds. CPUs with matrix units for bfloat16 (Intel's AMX) or instructions
+    (AVX512-BF16, ARM's BF16) are faster by far; on others bf16 is emulated, and several times as slow.
+    """
+    times = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(10):  # in turn, so that whatever else the machine does slows both
+        for dtype, measured in times.items():
+            x, weight = torch.ones(1024, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
+            begin = time.perf_counter()
+            for _ in range(3):
+                torch.nn.functional.linear(x, weight)
+            measured.append(time.perf_counter() - begin)
+    return "bf16" if min(times[torch.bfloat16]) * 1.5 < min(times[torch.float32]) else "fp32"
+
+
 def output_path(path: Path | None, default: str) -> Path:
     """Where to write a new file: `path`, else outputs/DEFAULT under the next free number. Makes the folder for it.
 
@@ -116,7 +138,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--model", help="for official DiT weights, the model that they are of, such as DiT-XL/2")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed draws the same images (default: 0)")
-    flag("--sampler", choices=list(SAMPLERS), default="dpm++", help="the way back from noise (default: dpm++)")
+    flag("--sampler", choices=list(SAMPLERS), help="the way back from noise (default: dpm++, or for distilled weights "
+         "shortcut, which goes with them alone)")
     steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
     flag("--steps", type=int, help=f"timesteps on that way (default: {steps})")
     flag("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 for none, 1 as in ddpm")
@@ -138,8 +161,13 @@ def guidance_settings(words: list[float], timesteps: int) -> dict:
     return dict(guidance=weight, interval=[int(t) for t in interval] or None)
 
 
-def find_checkpoint() -> Path:
-    """The newest run, else the bundled weights. Raises UsageError where there is neither."""
+def find_checkpoint(sampler: str | None = None) -> Path:
+    """The newest run, else the bundled weights; for the shortcut sampler, those that were distilled.
+
+    Raises UsageError where there are none.
+    """
+    if sampler == "shortcut":
+        return DISTILLED_WEIGHTS
     runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     path = runs[-1] if runs else BUNDLED_WEIGHTS
     if not path.is_file():
@@ -150,15 +178,23 @@ def find_checkpoint() -> Path:
 def open_model(args: argparse.Namespace) -> TrainedModel:
     """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
     device = pick_device(args.device)
-    args.checkpoint = args.checkpoint or find_checkpoint()
+    args.checkpoint = args.checkpoint or find_checkpoint(args.sampler)
     trained = TrainedModel(*checkpoint.build(checkpoint.load(args.checkpoint, args.model), device))
-    T = trained.diffusion.T
-    steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
+    T, distilled = trained.diffusion.T, trained.model.config.shortcut
+    sampler = args.sampler = args.sampler or trained.settings["sampler"]
+    if distilled != (sampler == "shortcut"):
+        fix = "with --sampler shortcut alone" if distilled else "with any other --sampler"
+        raise UsageError(f"{args.checkpoint} was {'' if distilled else 'not '}distilled: draw from it {fix}")
+    if distilled and args.guidance:
+        raise UsageError(f"the guidance of {args.checkpoint} was learned from its teacher: leave --guidance out")
+    steps = min(DEFAULT_STEPS[sampler], T) if args.steps is None else args.steps
+    if distilled and steps not in SHORTCUTS:
+        raise UsageError(f"--steps is {steps}: use {', '.join(map(str, SHORTCUTS))}, which these weights learned")
     if not 1 <= steps <= T:
         raise UsageError(f"--steps is {steps}: use 1 to {T}, the timesteps that the model knows")
-    if args.eta and args.sampler != "ddim":
+    if args.eta and sampler != "ddim":
         raise UsageError(f"--eta is {args.eta}: leave it out, or use it with --sampler ddim")
-    trained.settings |= dict(seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta)
+    trained.settings |= dict(seed=args.seed, sampler=sampler, steps=steps, eta=args.eta)
     if args.guidance:
         trained.settings |= guidance_settings(args.guidance, T)
     return trained

@@ -26,6 +26,7 @@ model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) where it also learns the vari
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -94,6 +95,7 @@ class Diffusion:
         posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
         _, c0, variance, beta = posterior.unbind(1)
         variance[0] = variance[1]
+        a, s = (torch.tensor(numbers, dtype=torch.float64) for numbers in (self.a, self.s))
         tables = dict(a=a, s=s, da=da, ds=ds, x_factor=x_factor, out_factor=out_factor, c0=c0)
         tables |= dict(log_variance=variance.log(), log_beta=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
@@ -117,6 +119,16 @@ class Diffusion:
         if isinstance(t, int):
             return self.x_factor[t] * x_t + self.out_factor[t] * out
         return self.at("x_factor", t) * x_t + self.at("out_factor", t) * out
+
+    def step(self, x_t: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """DDIM's step (arXiv 2010.02502, Eq. 12) from x_t towards x0_hat, to the noise level of s (B,) < t (B,)."""
+        eps_hat = (x_t - self.at("a", t) * x0_hat) / self.at("s", t)
+        return self.at("a", s) * x0_hat + self.at("s", s) * eps_hat
+
+    def undo_step(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The x0_hat with which `step` leads from x_t to x_s."""
+        ratio = self.at("s", s) / self.at("s", t)
+        return (x_s - ratio * x_t) / (self.at("a", s) - ratio * self.at("a", t))
 
     def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
         """One step back, from t to any timestep s < t, where -1 is the clean image. Returns (c, c0, variance, beta).
@@ -208,9 +220,9 @@ def training_loss(
     error = out[:, :C] - diffusion.target(x0, t, eps)
     loss = error.square().flatten(1).mean(1)
     if snr_gamma is not None:
-        snr = (diffusion.tables["a"] / diffusion.tables["s"]) ** 2
+        a, s, out_factor = (diffusion.tables[name][t] for name in ("a", "s", "out_factor"))
         # An error in `out` is an error in x0_hat that is out_factor times as large.
-        loss = loss * (snr.clamp(max=snr_gamma) * diffusion.tables["out_factor"] ** 2)[t]
+        loss = loss * (((a / s) ** 2).clamp(max=snr_gamma) * out_factor**2)
     elif diffusion.prediction == "x0":
         loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # because v_hat - v is (x0 - x0_hat) / s
     if out.shape[1] == 2 * C:
@@ -227,7 +239,7 @@ def training_loss(
 #   predict(x_t, t)  the network's output for the whole batch at one timestep t, see `guide`
 #   timesteps        decreasing, from T - 1 to 0, see `spaced_timesteps`
 #   noise()          a fresh N(0, I) tensor like x
-#   options          clip and callback, see `denoise`
+#   options          clip, known and callback, see `denoise`
 #
 # Here s is the timestep after t on the way back. Therefore the s of the schedule is called sigma.
 
@@ -241,21 +253,25 @@ def spaced_timesteps(T: int, steps: int) -> list[int]:
 
 def guide(
     model: Callable, y: Tensor, null: int, weight: float = 1.0, interval: tuple[int, int] | None = None
-) -> Callable[[Tensor, int], Tensor]:
+) -> Callable[..., Tensor]:
     """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
 
     out = unconditional + weight (conditional - unconditional). Weight 0 ignores the labels, 1 is the plain conditional
     model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) With interval = (low, high), the weight is
-    1 where not low <= t <= high (arXiv 2404.07724). A learned variance is never guided.
+    1 where not low <= t <= high (arXiv 2404.07724). A learned variance is never guided. t is (B,), or one timestep for
+    all images. predict(x_t, t, d) hands the size d of a step on to a shortcut model.
     """
-    def predict(x_t: Tensor, t: int) -> Tensor:
-        w = weight if interval is None or interval[0] <= t <= interval[1] else 1.0
-        times, nulls = torch.full_like(y, t), torch.full_like(y, null)
-        if w in (0.0, 1.0):  # one of the two predictions is enough
-            return model(x_t, times, y if w else nulls).float()
-        C = x_t.shape[1]
-        both = model(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([y, nulls])).float()
+    low, high = interval or (0, math.inf)
+
+    def predict(x_t: Tensor, t: Tensor | int, d: Tensor | int | None = None) -> Tensor:
+        C, nulls = x_t.shape[1], torch.full_like(y, null)
+        t, *d = (torch.as_tensor(n, device=y.device).expand(len(y)) for n in (t, d) if n is not None)
+        guided = (low <= t) & (t <= high) & (weight != 1)
+        if not guided.any() or (weight == 0 and guided.all()):  # one of the two predictions is enough
+            return model(x_t, t, nulls if guided.any() else y, *d).float()
+        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, nulls]), *d).float()
         conditional, unconditional = both.chunk(2)
+        w = torch.where(guided, weight, 1.0).view(-1, 1, 1, 1)
         guided = unconditional[:, :C] + w * (conditional[:, :C] - unconditional[:, :C])
         return torch.cat([guided, conditional[:, C:]], dim=1)
 
@@ -263,17 +279,24 @@ def guide(
 
 
 def denoise(
-    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool = True, callback: Callable | None = None
+    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool = True,
+    known: tuple[Tensor, Tensor] | None = None, callback: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty.
 
     clip clamps x0_hat to [-1, 1], where images are. x_t is noisy, and must be free to leave that range. The callback is
     called with (t, x_t, x0_hat).
+
+    known = (image, mask) is for inpainting. Where the mask is True, the image is given, and takes the place of x0_hat.
+    So this part of x_t is what the forward process would make of it, and the network fills in the rest to fit.
+    (RePaint, arXiv 2201.09865, replaces the part in x_t, and also goes back to repeat each step several times.)
     """
     out, mix = predict(x, t).tensor_split([x.shape[1]], dim=1)
     x0_hat = diffusion.predict_x0(out, x, t)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
+    if known is not None:
+        x0_hat = torch.where(known[1], known[0], x0_hat)
     if callback is not None:
         callback(t, x, x0_hat)
     return x0_hat, mix
@@ -340,4 +363,16 @@ def dpm_solver(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: li
         before = x0_hat, h
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+@torch.no_grad()
+def shortcut(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], **options) -> Tensor:
+    """Shortcut models, arXiv 2410.12557, Algorithm 2: DDIM's steps, of whose size d the network is told.
+
+    timesteps are those of shortcut.shortcut_timesteps, because only such steps were learned. See there how.
+    """
+    for t, s in pairwise([*timesteps, -1]):
+        x0_hat, _ = denoise(diffusion, partial(predict, d=t - s), x, t, **options)
+        x = diffusion.step(x, x0_hat, *(torch.full((len(x),), time, device=x.device) for time in (t, s)))
+    return x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver, "shortcut": shortcut}

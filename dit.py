@@ -47,6 +47,7 @@ class DiTConfig:
     mlp_ratio:   the width inside the MLP, divided by D
     num_classes: 0 for an unconditional model; the null class ("no label") gets the index num_classes
     learn_sigma: predict 2C channels; the second half sets the variance of a sampling step (diffusion.py)
+    shortcut:    the network is told the size of the step for which it predicts, so that it can learn long ones
 
     Raises ValueError, with the fix in its message, where the numbers do not fit together.
     """
@@ -60,6 +61,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 10
     learn_sigma: bool = False
+    shortcut: bool = False
 
     def __post_init__(self):
         size, patch, D, heads = self.image_size, self.patch_size, self.hidden_size, self.num_heads
@@ -249,6 +251,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(P, C, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
+        if config.shortcut:
+            self.d_embedder = TimestepEmbedder(D)
         # The positions are fixed. A learned table would converge to much the same on one small grid.
         self.register_buffer("pos_embed", position_table(config.image_size // P, D))
         self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
@@ -262,21 +266,24 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # flat, because it acts as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(module.weight, std=0.02)
+        for embedder in (self.t_embedder, *([self.d_embedder] if self.config.shortcut else [])):
+            for module in (embedder.mlp[0], embedder.mlp[2]):
+                nn.init.normal_(module.weight, std=0.02)
         # With the official code's 0.02, labels would have almost no effect at first; with 0.5 they count at once.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)
         # These zeros come last, so that nothing above undoes them. Each block starts as the identity, the output as 0.
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for module in (*modulations, self.final_layer.linear):
+        sizes = [self.d_embedder.mlp[2]] if self.config.shortcut else []  # at first, no step is told from another
+        for module in (*modulations, self.final_layer.linear, *sizes):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, d: Tensor | None = None) -> Tensor:
         """What the network predicts for noisy images x: (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
 
         x: (B, C, H, W) float; t: (B,) timesteps in [0, T); y: (B,) int64 labels in 0 ... num_classes, where the last is
-        the null class. Without y all labels are the null class. Raises ValueError for images of another shape.
+        the null class. Without y all labels are the null class. d: (B,) sizes of the steps to come, in timesteps, for a
+        shortcut network alone. Raises ValueError for images of another shape, and for a d too few or too many.
         """
         config = self.config
         expected = (config.in_channels, config.image_size, config.image_size)
@@ -285,10 +292,14 @@ class DiT(nn.Module):
                 f"this DiT takes images of shape {expected}, not {tuple(x.shape[1:])}: "
                 "resize and crop them, or change its config"
             )
+        if (d is not None) != config.shortcut:
+            raise ValueError("the size d of a step is for shortcut networks, and for these alone")
         if y is None:
             y = torch.full_like(t, config.num_classes, dtype=torch.long)
         x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
+        if config.shortcut:
+            c = c + self.d_embedder(d)
         for block in self.blocks:                        # (B, N, D)
             again = self.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)

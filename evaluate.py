@@ -25,9 +25,9 @@ import checkpoint
 import dataset
 import judge
 from cli import Parser, UsageError, add_model_flags, number, open_model, output_path, run_script
-from diffusion import spaced_timesteps
 from metrics import Table, bits_per_dimension, labels_as_in, measure, memorization, train_on_samples
-from sampling import TrainedModel, seeded, to_uint8
+from sampling import TrainedModel, seeded, timesteps, to_uint8
+from shortcut import SHORTCUTS
 
 LEAST, MOST = 20, 10_000  # images that are compared; there are 10,000 real ones to compare with
 # What each sweep sets: the flags in words, and the options of `sample` at each of its points.
@@ -99,6 +99,8 @@ def open_digits_model(args: argparse.Namespace) -> TrainedModel:
         raise UsageError(f"the judge knows digits of 28 x 28 alone, and {learned}: give a checkpoint of MNIST")
     if "bits" in args.also and description["diffusion"]["schedule"] == "flow":
         raise UsageError("the bound of flow is loose beyond use: --also bits is for schedules linear and cosine")
+    if config.shortcut and args.sweep in ("guidance", "sampler"):
+        raise UsageError(f"distilled weights have one guidance and one sampler: leave --sweep {args.sweep} out")
     most = max([options.get("steps", 1) for options in SWEEPS[args.sweep][1]]) if args.sweep else 1
     if most > T:
         raise UsageError(f"this sweep goes to {most} steps, the model knows {T}: use --sweep guidance")
@@ -133,19 +135,22 @@ def sweep(
 ) -> Iterator[list[dict]]:
     """Measure at each point of a sweep, and print a table line by line. Yields the results so far after each point."""
     results, (flag, points) = [], SWEEPS[args.sweep]
+    if trained.model.config.shortcut:
+        points = [dict(steps=n) for n in SHORTCUTS]
     print(f"| {flag} | calls of the network | seconds for {len(labels):,} | accuracy | rho, classifier | rho, random |")
     print("|---|---|---|---|---|---|", flush=True)
     for options in points:
         settings = {**trained.settings, **options}
         low, high = settings["interval"] or (0, math.inf)
-        timesteps = spaced_timesteps(trained.diffusion.T, settings["steps"])
-        guided = sum(settings["guidance"] not in (0, 1) and low <= t <= high for t in timesteps)  # there are two calls
+        way = timesteps(settings["sampler"], trained.diffusion.T, settings["steps"])
+        guided = sum(settings["guidance"] not in (0, 1) and low <= t <= high for t in way)
+        calls = len(way) + guided  # since a guided step calls the network twice
         name = " ".join(str(value) for value in options.values())
         images, seconds = draw(trained, labels, args.batch_size, f"{args.sweep} {name}", **options)
         table = measure(images, labels, judges, against)
-        results.append(dict(name=name, **settings, calls=len(timesteps) + guided, seconds=seconds, numbers=table))
+        results.append(dict(name=name, **settings, calls=calls, seconds=seconds, numbers=table))
         rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
-        line = f"| {name} | {len(timesteps) + guided} | {seconds:.1f} | {table['accuracy']['generated']:.2%}"
+        line = f"| {name} | {calls} | {seconds:.1f} | {table['accuracy']['generated']:.2%}"
         print(f"{line} | {rho[0]:.2f} | {rho[1]:.2f} |", flush=True)
         yield results
 

@@ -3,6 +3,7 @@
     python inference.py                                     rows 0 to 9 of digits, one picture
     python inference.py --labels 3 1 4 1 5 --guidance 2
     python inference.py --trajectory
+    python inference.py --interpolate 3 8 --gif --sampler shortcut --steps 1
     torchrun --nproc-per-node=4 inference.py --npz samples.npz --count 50000
 
 This is the command line. The drawing itself is in sampling.py.
@@ -13,19 +14,26 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 from cli import RANK, WORLD, Parser, UsageError, add_model_flags, number, open_model, output_path, run_script
-from diffusion import spaced_timesteps
-from sampling import TrainedModel, grid, sample, to_uint8
+from sampling import TrainedModel, grid, image_noise, sample, slerp, timesteps, to_uint8
+
+# The slices of rows and columns that make a half of an image of S pixels a side.
+HALVES = {
+    "left": lambda S: (slice(None), slice(S // 2)), "right": lambda S: (slice(None), slice(S // 2, S)),
+    "top": lambda S: (slice(S // 2),), "bottom": lambda S: (slice(S // 2, S),),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,12 +45,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
     mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row for each weight")
     mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
+    what.add_argument("--interpolate", nargs="+", metavar="L", help="a row for each way from a label to the next; with "
+                      "--gif an animation")
+    what.add_argument("--inpaint", nargs=2, metavar=("HALF", "IMAGE"), help="keep a half of this image file, left, "
+                      "right, top or bottom, and draw the other as --labels say")
     what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row for each (default: 0-9)")
     what.add_argument("--per-class", type=number(int, 1), help="images a label; 1 puts all in one row (default: 10)")
     what.add_argument("--count", type=number(int, 1), help="images in the --npz file (default: 10000)")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
+    others = args.trajectory or args.compare_guidance or args.npz or args.inpaint or args.labels or args.per_class
+    if args.interpolate and (others or args.eta or args.sampler == "ddpm"):
+        raise UsageError("--interpolate goes with --gif, and with samplers that add no noise: leave other flags out")
+    if args.interpolate and len(args.interpolate) < 2 and "-" not in args.interpolate[0]:
+        raise UsageError("--interpolate needs two labels or more")
+    if args.inpaint and args.inpaint[0] not in HALVES:
+        raise UsageError(f"--inpaint keeps a half, one of {', '.join(HALVES)}: not {args.inpaint[0]!r}")
     if args.npz and (args.labels or args.output or args.per_class):
         raise UsageError("--npz names the file and takes the labels in turn: leave out --output, --labels, --per-class")
     if args.count and not args.npz:
@@ -132,6 +151,50 @@ def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
     return path
 
 
+def known_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Tensor]:
+    """A file's image, and a mask that is True in the half to keep: `known` of diffusion.denoise. Raises UsageError."""
+    import dataset  # only here, since it takes seconds to import
+
+    device, config = trained.model.pos_embed.device, trained.model.config
+    C, S = config.in_channels, config.image_size
+    try:
+        image = dataset.read_image(path).convert("L" if C == 1 else "RGB")
+    except dataset.DataError as error:
+        raise UsageError(str(error)) from error
+    pixels = torch.from_numpy(np.array(ImageOps.fit(image, (S, S), Image.Resampling.BILINEAR)))
+    mask = torch.zeros(1, 1, S, S, dtype=torch.bool)
+    mask[:, :, *HALVES[half](S)] = True
+    return dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2)).to(device), mask.to(device)
+
+
+def save_gif(path: Path, images: Tensor, columns: int, durations: list[int]) -> None:
+    """Write an animation of images (frames, n, C, S, S), whose frames last so many milliseconds."""
+    frames = [grid(x, columns) for x in images]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
+    """The way from each of these labels to the next: the noise of one image turns into that of another, while the label
+    fades. A row for each way; or, with --gif, a film, which ends where it began. Returns the path of the file.
+    """
+    path = output_path(args.output, "interpolation.gif" if args.gif else "interpolation.png")
+    config = trained.model.config
+    noise = image_noise(args.seed, range(len(labels)), (config.in_channels, *[config.image_size] * 2), "cpu")()
+    ends = [*zip(labels, noise, strict=True)]
+    share = torch.arange(24) / 24 if args.gif else torch.linspace(0, 1, 10)
+    images = []
+    for (one, a), (other, b) in tqdm([*pairwise(ends + ends[: args.gif])], unit="way", leave=False):
+        start = torch.stack([slerp(a, b, fraction) for fraction in share])
+        y, other = torch.full_like(share, one).long(), torch.full_like(share, other).long()
+        images.append(sample(trained.model, trained.diffusion, y, start=start, fade=(other, share), **trained.settings))
+    images = torch.cat(images)
+    if args.gif:
+        save_gif(path, images[:, None], 1, [60] * len(images))
+    else:
+        grid(images, len(share)).save(path)
+    return path
+
+
 def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
     """A grid with an image for each label, or one of its relatives. Returns its path."""
     name = (
@@ -139,8 +202,8 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
         else "guidance.png" if args.compare_guidance else "grid.png"
     )
     path = output_path(args.output, name)
-    timesteps = spaced_timesteps(trained.diffusion.T, trained.settings["steps"])
-    shown = timesteps[:: math.ceil(len(timesteps) / (9 if args.trajectory else 40))]
+    way = timesteps(trained.settings["sampler"], trained.diffusion.T, trained.settings["steps"])
+    shown = way[:: math.ceil(len(way) / (9 if args.trajectory else 40))]
     noisy = {t: [] for t in shown if args.trajectory or args.gif}  # x_t of each batch, at the timesteps shown
     weights = [dict(guidance=weight) for weight in args.compare_guidance or ()] or [{}]
 
@@ -154,9 +217,7 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     if args.trajectory:
         grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
     elif args.gif:
-        frames = [grid(x, columns) for x in way]
-        durations = [80] * len(way[1:]) + [2000]  # in milliseconds, with a rest on the result
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        save_gif(path, torch.stack(way), columns, [80] * len(way[1:]) + [2000])  # with a rest on the result
     else:
         grid(images, columns).save(path)
     return path
@@ -166,8 +227,13 @@ def draw(args: argparse.Namespace) -> Path:
     """Draw what the command line asks for. Returns the path of the file. Raises UsageError, CheckpointError."""
     trained = open_model(args)
     classes = trained.description["classes"]
-    if not trained.is_image and (args.trajectory or args.gif or args.compare_guidance):
+    picture = args.trajectory or args.gif or args.compare_guidance or args.interpolate or args.inpaint
+    if not trained.is_image and picture:
         raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
+    if args.interpolate:
+        return draw_interpolation(args, trained, parse_labels(args.interpolate, classes))
+    if args.inpaint:
+        trained.settings["known"] = known_half(*args.inpaint, trained)
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     if args.npz:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
 from dit import DiT
+from shortcut import shortcut_timesteps
 
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20}
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20, "shortcut": 4}
 DEFAULT_GUIDANCE = 1.5
 
 
@@ -37,27 +38,60 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
+def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    """Noise that is `fraction` of the way from a to b, which have one shape, along an arc (arXiv 1609.04468).
+
+    Gaussian noise of many dimensions always has about the same length, and so has every point of the arc. The points of
+    a straight line are shorter, and the network knows no such noise.
+    """
+    angle = torch.acos(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    return (torch.sin((1 - fraction) * angle) * a + torch.sin(fraction * angle) * b) / torch.sin(angle)
+
+
+def crossfade(one: Callable, other: Callable, share: Tensor) -> Callable[..., Tensor]:
+    """predict(x_t, t) between two others, such as those of two labels: one fades into the other by share (B,), 0 to 1.
+
+    What is mixed are predictions, which amounts to mixing scores (arXiv 2206.01714). A mixture of the two embeddings
+    does not work: the network has never seen one, and draws noise.
+    """
+    def predict(x_t: Tensor, t: Tensor | int, d: Tensor | int | None = None) -> Tensor:
+        return torch.lerp(one(x_t, t, d), other(x_t, t, d), share.view(-1, 1, 1, 1))
+
+    return predict
+
+
+def timesteps(sampler: str, T: int, steps: int) -> list[int]:
+    """The timesteps, of T, at which a sampler of diffusion.SAMPLERS looks when it takes so many steps."""
+    return shortcut_timesteps(T, steps) if sampler == "shortcut" else spaced_timesteps(T, steps)
+
+
 def sample(
     model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | None = None,
     sampler: str = "dpm++", steps: int = DEFAULT_STEPS["dpm++"], eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
-    interval: tuple[int, int] | None = None, clip: bool = True, callback: Callable | None = None,
+    interval: tuple[int, int] | None = None, start: Tensor | None = None, fade: tuple[Tensor, Tensor] | None = None,
+    **options,
 ) -> Tensor:
     """Draw an image for each of the labels (n,), as one batch (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
 
     indices:  the number of each image within the seed (default: 0 to n - 1)
+    start:    noise (n, C, S, S) to begin with, in place of the seed's
+    fade:     other labels (n,), and how far (n,) each image is on its way to them, see `crossfade`
     sampler:  one of diffusion.SAMPLERS, which looks at the image at `steps` timesteps
     eta:      for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
-    callback: called with (t, x_t, x0_hat) at each timestep
 
-    For guidance and interval see diffusion.guide, for clip diffusion.denoise.
+    For guidance and interval see diffusion.guide, for the options clip, known and callback diffusion.denoise.
     """
     config, device = model.config, model.pos_embed.device
     shape = (config.in_channels, config.image_size, config.image_size)
     noise = image_noise(seed, range(len(labels)) if indices is None else indices, shape, device)
-    predict = guide(model, labels.to(device), config.num_classes, guidance if config.num_classes else 1.0, interval)
-    options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta), "dpm++": {}}[sampler]
-    timesteps = spaced_timesteps(diffusion.T, steps)
-    return SAMPLERS[sampler](diffusion, predict, noise(), timesteps, clip=clip, callback=callback, **options)
+    weight = guidance if config.num_classes else 1.0
+    predict = guide(model, labels.to(device), config.num_classes, weight, interval)
+    if fade is not None:
+        other, share = (values.to(device) for values in fade)
+        predict = crossfade(predict, guide(model, other, config.num_classes, weight, interval), share)
+    options |= {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta)}.get(sampler, {})
+    x = noise() if start is None else start.to(device)
+    return SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
 
 
 class TrainedModel:
@@ -71,7 +105,8 @@ class TrainedModel:
         self.model, self.diffusion, self.description = model, diffusion, description
         self.is_image = model.config.in_channels in (1, 3)
         self.settings = {name: description[name] for name in ("guidance", "interval")}
-        self.settings |= dict(steps=DEFAULT_STEPS["dpm++"], clip=self.is_image)
+        sampler = "shortcut" if model.config.shortcut else "dpm++"
+        self.settings |= dict(sampler=sampler, steps=DEFAULT_STEPS[sampler], clip=self.is_image)
 
     def draw(
         self, labels: Tensor, batch_size: int, what: str = "sampling", callback: Callable | None = None, **options

@@ -9,19 +9,22 @@ from pathlib import Path
 import torch
 
 import dataset
-from cli import WORLD, Parser, UsageError, guidance_settings, number
+from cli import BUNDLED_WEIGHTS, WORLD, Parser, UsageError, cpu_precision, guidance_settings, number
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS
 from dit import MODELS
 from sampling import DEFAULT_GUIDANCE
 
 TIMESTEPS = 1000  # T, as in DDPM
-# Intel's AMX multiplies matrices of bfloat16 about seven times as fast as float32. Other CPUs gain little, or lose.
-CPU_PRECISION = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "fp32"
-# The defaults that depend on the device. On a CPU with 2 cores they take up to 10 minutes.
+# The defaults that depend on the device.
 PRESETS = {
-    "cpu": dict(model="DiT-N/7", steps=3600, batch_size=128, lr=1e-2, precision=CPU_PRECISION, compile=True),
+    "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=1e-2, compile=True),
     "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
+}
+# What --distill changes of these, and what the student has from its teacher and cannot be set.
+DISTILLATION = dict(steps=10_000, minutes=None, batch_size=128, lr=2e-3, ema=0.998, label_dropout=0.0)
+INHERITED = {
+    "model", "learn_sigma", "schedule", "prediction", "timestep_distribution", "min_snr", "label_dropout", "image_size",
 }
 YES_NO = dict(action=argparse.BooleanOptionalAction)
 # Every flag: its default, its help, how argparse reads it. A default of None depends on the device, or is in the help.
@@ -38,6 +41,10 @@ FLAGS = {
     "network": dict(
         model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
         learn_sigma=(False, "predict the variance of the reverse steps too", YES_NO),
+        distill=(
+            None, "teach the network of this checkpoint to draw in one step to 32 (default: the bundled weights)",
+            dict(nargs="?", const=str(BUNDLED_WEIGHTS), metavar="CHECKPOINT"),
+        ),
         gradient_checkpointing=(False, "less memory, a third more time", YES_NO),
     ),
     "diffusion": dict(
@@ -53,6 +60,7 @@ FLAGS = {
     ),
     "optimization": dict(
         steps=(None, "how many, in all", dict(type=number(int, 1))),
+        minutes=(None, "as many steps as fit in this time, in place of --steps", dict(type=number(float, 0.01))),
         batch_size=(None, "images a step, over all processes", dict(type=number(int, 1))),
         accumulate=(1, "parts that a batch is cut into, to save memory", dict(type=number(int, 1))),
         optimizer=("muon", "muon is for the matrices of the blocks, beside adamw", dict(choices=["adamw", "muon"])),
@@ -67,7 +75,10 @@ FLAGS = {
         save_every=(500, "steps between checkpoints, each with a grid of samples", dict(type=number(int, 1))),
         seed=(0, "of the weights, batches and noise", dict(type=number(int, 0, 2**32 - 1))),
         device=(None, "(default: the best there is)", dict(choices=list(PRESETS))),
-        precision=(None, "of matrix products; on a CPU bf16 is fast with AMX alone", dict(choices=["fp32", "bf16"])),
+        precision=(
+            None, "of matrix products (default: bf16 on cuda, fp32 on mps, what is faster on cpu)",
+            dict(choices=["fp32", "bf16"]),
+        ),
         compile=(None, "compile the blocks, where that is possible", YES_NO),
     ),
 }
@@ -85,29 +96,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         group = parser.add_argument_group(title)
         for name, (default, help, options) in flags.items():
             by_device = [f"{preset[name]} on {device}" for device, preset in PRESETS.items() if name in preset]
-            shown = ", ".join(by_device) if by_device else default
+            shown = ", ".join(by_device) if by_device and "(default" not in help else default
             help = help if shown is None else f"{help} (default: {shown})"
             group.add_argument("--" + name.replace("_", "-"), help=help, **options, default=None)
     return parser.parse_args(argv)
 
 
-def settle(given: argparse.Namespace, device: torch.device, state: dict) -> argparse.Namespace:
+def settle(
+    given: argparse.Namespace, device: torch.device, state: dict, teacher: dict | None = None
+) -> argparse.Namespace:
     """Every setting of a run, from the flags given and the checkpoint `state` of the run to go on with, else {}.
 
-    Raises UsageError for what cannot be, or cannot change.
+    teacher: the description of the checkpoint to distill, see checkpoint.describe
+
+    Of steps and minutes, one is None in the result. Raises UsageError for what cannot be, or cannot change.
     """
     explicit = {name: value for name, value in vars(given).items() if value is not None}
-    saved = state.get("args", {})
-    for name in sorted(saved.keys() & (explicit.keys() | FORMER.keys()) - MAY_CHANGE):
+    saved = {"distill": None, **state["args"]} if state else {}
+    may_change = MAY_CHANGE - {"guidance"} if saved.get("distill") else MAY_CHANGE
+    for name in sorted(saved.keys() & (explicit.keys() | FORMER.keys()) - may_change):
         if saved[name] != explicit.get(name, FORMER.get(name)):
             flag = "--" + name.replace("_", "-")
             fix = "begin a new run" if name in FORMER else "leave it out"
             raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: {fix}")
     known = {name: value for name, value in saved.items() if name in DEFAULTS}
-    args = argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **known, **explicit})
-    if state and not given.guidance:
+    distillation = DISTILLATION if given.distill else {}
+    args = argparse.Namespace(**{**DEFAULTS, **PRESETS[device.type], **distillation, **known, **explicit})
+    if given.distill and INHERITED & explicit.keys():
+        flag = "--" + min(INHERITED & explicit.keys()).replace("_", "-")
+        raise UsageError(f"with --distill, network and process are those of the checkpoint: leave {flag} out")
+    if given.minutes and (given.steps or state):
+        fix = "leave one out" if given.steps else "a run that goes on takes --steps"
+        raise UsageError(f"--minutes stands in place of --steps: {fix}")
+    if given.minutes:
+        args.steps = None
+    elif args.steps:
+        args.minutes = None
+    args.precision = args.precision or cpu_precision()
+    if args.distill and not args.guidance:
+        args.guidance = [teacher["guidance"], *(teacher["interval"] or ())]
+    elif state and not args.distill and not given.guidance:
         args.guidance = [state["guidance"], *(state.get("interval") or ())]
-    elif not given.guidance:
+    elif not args.guidance:
         # With flow, guiding only the middle of the way is better by every measure (assets/recipe.md), and cheaper.
         args.guidance = [2.0, 300, 800] if args.schedule == "flow" else [DEFAULT_GUIDANCE]
         if not args.label_dropout:  # then no unconditional prediction is learned, from which one could move away

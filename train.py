@@ -13,13 +13,16 @@ import argparse
 import copy
 import math
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,12 +31,13 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import dataset
 from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_script
-from diffusion import Diffusion, draw_timesteps, drop_labels, training_loss
+from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
 from dit import MODELS, DiT, DiTConfig
 from muon import Muon
 from run import Run
 from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, parse_args, settle
+from shortcut import SHORTCUTS, draw_steps, shortcut_loss
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
@@ -67,21 +71,25 @@ def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
 class Trainer:
     """A network in training, its moving average, and its optimizers.
 
-    config: of the network, args: the settings (see settings.py), device: where to train
+    config: of the network, args: the settings (see settings.py), device: where to train, teacher: what to distill
 
     Everything random in a step (timesteps, noise, hidden labels) is drawn for the whole batch, from the seed and the
     number of the step alone. So a run that is resumed, or shared by several processes, takes the same steps as one that
     is not.
     """
 
-    def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device):
-        self.config, self.args, self.device = config, args, device
+    def __init__(
+        self, config: DiTConfig, args: argparse.Namespace, device: torch.device, teacher: TrainedModel | None = None
+    ):
+        self.config, self.args, self.device, self.teacher = config, args, device, teacher
         self.shape = (config.in_channels, config.image_size, config.image_size)
         self.share = args.batch_size // WORLD        # images of each batch that are this process's
         self.part = self.share // args.accumulate    # images that pass through the network at a time
-        self.diffusion = Diffusion(args.schedule, args.prediction, TIMESTEPS, device)
+        self.diffusion = teacher.diffusion if teacher else Diffusion(args.schedule, args.prediction, TIMESTEPS, device)
         torch.manual_seed(args.seed)
         self.model = DiT(config, args.gradient_checkpointing).to(device)
+        if teacher:  # the student begins as a copy
+            self.model.load_state_dict(teacher.model.state_dict(), strict=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
         self.optimizers = make_optimizers(self.model, args)
         self.net = self.model  # what the images pass through: the model, perhaps wrapped
@@ -96,7 +104,7 @@ class Trainer:
         x0, y:  this process's share of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
         """
         args = self.args
-        t, u, eps = self.randomness(number)                                  # (b,), (b,), (b, C, S, S)
+        t, u, eps = self.randomness(number)                                  # (b,) or (b, 2), (b,), (b, C, S, S)
         y = drop_labels(y, self.config.num_classes, args.label_dropout, u)   # so that guidance will be possible
         total = 0.0
         for part in self.parts():                                            # only one, unless --accumulate is given
@@ -115,16 +123,27 @@ class Trainer:
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The mean loss of some images, with the network's products in the precision that was asked for."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            return training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
+            if not self.teacher:
+                return training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
+            return shortcut_loss(self.diffusion, self.net, self.ema, self.teach, x0, y, t, eps).mean()
+
+    def teach(self, x_t: Tensor, t: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        """What the teacher, guided, predicts for a student's step. It knows no size d of steps: its own are small."""
+        guidance = guidance_settings(self.args.guidance, self.diffusion.T)
+        return guide(self.teacher.model, y, self.config.num_classes, *guidance.values())(x_t, t)
 
     def randomness(self, number: int) -> list[Tensor]:
         """This process's share of what is random in a step.
 
-        t (b,) are timesteps, u (b,) are uniform numbers that say whose label is hidden, eps (b, C, S, S) is noise.
+        t (b,) are timesteps, or, with a teacher, steps (b, 2) from one timestep to another; u (b,) are uniform numbers
+        that say whose label is hidden; eps (b, C, S, S) is noise.
         """
         args, n = self.args, self.args.batch_size
         generator = seeded(args.seed, FIRST_INDEX + number)
-        t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator)
+        if self.teacher:
+            t = draw_steps(n, self.diffusion.T, generator)
+        else:
+            t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
             generator = seeded(args.seed, FIRST_INDEX + number, self.device)
@@ -149,7 +168,10 @@ class Trainer:
     def state(self) -> dict:
         """Everything that training has changed, for `load`. Random numbers need not be kept, see above."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
+        state = dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
+        if self.teacher:  # whose file may be gone when the run goes on
+            state["teacher"] = {**self.teacher.description, "ema": self.teacher.model.state_dict()}
+        return state
 
     def load(self, state: dict) -> None:
         """Go on where `state` was taken."""
@@ -161,8 +183,13 @@ class Trainer:
     def samples(self) -> Image.Image:
         """Ten rows of images by the averaged weights, a class each."""
         labels = (torch.arange(10) % max(self.config.num_classes, 1)).repeat_interleave(10)
-        trained = TrainedModel(self.ema, self.diffusion, guidance_settings(self.args.guidance, TIMESTEPS))
-        return grid(trained.draw(labels, self.part), columns=10)
+        trained = TrainedModel(self.ema, self.diffusion, self.guidance())
+        with torch.compiler.set_stance("force_eager"):  # which is faster than compiling for these batches
+            return grid(trained.draw(labels, self.part), columns=10)
+
+    def guidance(self) -> dict:
+        """The guidance with which the averaged weights draw. That of a teacher is learned, and not needed again."""
+        return guidance_settings([1.0] if self.teacher else self.args.guidance, self.diffusion.T)
 
 
 def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -191,28 +218,40 @@ def update_ema(average: DiT, model: DiT, step: int, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def rehearse(trainer: Trainer) -> float:
-    """The seconds of one pass forward and back, on blank images. It changes nothing."""
+def rehearse(trainer: Trainer, steps: int = 1) -> float:
+    """The seconds of a training step, the median of `steps` of them on blank images. All that they change is undone."""
     x0 = torch.zeros(trainer.share, *trainer.shape, device=trainer.device)
     y = torch.zeros(trainer.share, dtype=torch.long, device=trainer.device)
-    begin = time.perf_counter()
-    for part in trainer.parts():
-        trainer.loss(x0[part], y[part], y[part], x0[part]).backward()
-    sum(p.grad.sum() for p in trainer.model.parameters()).item()  # waits for the GPU
-    trainer.model.zero_grad()
-    return time.perf_counter() - begin
+    parameters = [*trainer.model.parameters(), *trainer.ema.parameters()]
+    before = [p.detach().to("cpu", copy=True) for p in parameters]
+    times = []
+    try:
+        for number in range(steps):
+            begin = time.perf_counter()
+            _, norm = trainer.step(number, x0, y)
+            norm.item()  # waits for the GPU
+            times.append(time.perf_counter() - begin)
+    finally:
+        trainer.model.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, before)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+    return statistics.median(times)
 
 
 def compile_blocks(trainer: Trainer) -> bool:
     """Compile the blocks, which are all alike and therefore compiled once. Returns whether that is possible here."""
-    for block in trainer.model.blocks:
+    networks = [trainer.model] + ([trainer.ema, trainer.teacher.model] if trainer.teacher else [])
+    blocks = [block for network in networks for block in network.blocks]
+    for block in blocks:
         block.compile(dynamic=False)
     try:
         rehearse(trainer)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no Triton, too old a GPU: training works without compiling
-        for block in trainer.model.blocks:
+        for block in blocks:
             block._compiled_call_impl = None
         reason = str(error).strip().splitlines()[0][:100]
         warnings.warn(f"torch.compile does not work here ({reason}): going on without, slower", stacklevel=2)
@@ -228,17 +267,66 @@ def make_deterministic(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def announcement(trainer: Trainer, source: str, steps: int) -> str:
-    """What was chosen, and how long it will take. Every process times a step for it."""
+def plan(trainer: Trainer) -> float:
+    """Settle how many steps there will be, if --minutes is to say it. Returns the seconds of a step, by rehearsal."""
     args = trainer.args
-    rehearse(trainer)  # the first pass is slower than all others
-    minutes = rehearse(trainer) * steps * 1.25 / 60  # a quarter more for the optimizer and the samples
+    rehearse(trainer, 3)  # the first steps are slower than all others
+    seconds = rehearse(trainer, 20)
+    if WORLD > 1:  # all processes must agree
+        shared = [seconds]
+        dist.broadcast_object_list(shared)
+        seconds = shared[0]
+    if args.minutes:
+        steps = max(1, int(args.minutes * 60 * 0.95 / seconds))  # a twentieth is for checkpoints and samples
+        args.steps, args.minutes = int(float(f"{steps:.2g}")), None
+    return seconds
+
+
+def announcement(trainer: Trainer, source: str, steps: int, seconds: float) -> str:
+    """What was chosen, and how long these steps will take, each so many seconds."""
+    args = trainer.args
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    what = f"{args.distill}, distilled" if args.distill else args.model
+    process = " ".join(trainer.diffusion.config[name] for name in ("schedule", "prediction"))
     how = f"{trainer.device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
     return (
-        f"{args.model}, {parameters:.1f} M parameters; {args.schedule} {args.prediction}, {args.optimizer}; "
-        f"{steps:,} steps of {args.batch_size} from {source}; {how}: about {math.ceil(minutes)} min"
+        f"{what}, {parameters:.1f} M parameters; {process}, {args.optimizer}; "
+        f"{steps:,} steps of {args.batch_size} from {source}; {how}: about {math.ceil(steps * seconds / 57)} min"
     )
+
+
+def load_teacher(args: argparse.Namespace, state: dict, device: torch.device) -> TrainedModel | None:
+    """The network that --distill names, or that the run to go on with had. Raises UsageError, CheckpointError."""
+    if not (args.distill or "teacher" in state):
+        return None
+    teacher = TrainedModel(*checkpoint.build(state.get("teacher") or checkpoint.load(args.distill), device))
+    if teacher.model.config.shortcut:
+        raise UsageError(f"{args.distill} is distilled already: give the checkpoint that it learned from")
+    if teacher.diffusion.prediction == "eps":  # which says nothing of x0 where there is only noise
+        raise UsageError("--distill needs a network that predicts x0 or v: train one with --prediction x0")
+    if 2 * max(SHORTCUTS) > teacher.diffusion.T:
+        raise UsageError(f"--distill needs a network of {2 * max(SHORTCUTS)} timesteps or more")
+    return teacher
+
+
+def configure(
+    args: argparse.Namespace, data: dataset.Images, teacher: TrainedModel | None, choose: bool
+) -> DiTConfig:
+    """The shape of the network for these images. choose: whether they choose the patch size. Raises UsageError."""
+    C, S, _ = data.pixels[0].shape
+    if teacher:
+        config = replace(teacher.model.config, shortcut=True)
+        if (config.in_channels, config.image_size, teacher.description["classes"]) != (C, S, list(data.classes)):
+            learned = f"{args.distill} learned from {teacher.description['data']}, and these are {data.source}"
+            raise UsageError(f"{learned}, of other classes or size: give its --dataset")
+        return config
+    if choose and S % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
+    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
+    try:
+        return DiTConfig(**MODELS[args.model], **shape)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,26 +340,22 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(given.run_dir, given.resume)
     device = pick_device(given.device or run.state.get("args", {}).get("device"))
     make_deterministic(device)
-    args = settle(given, device, run.state)
+    teacher = load_teacher(given, run.state, device)
+    args = settle(given, device, run.state, teacher and teacher.description)
     run.join(device)
-    data = run.load_data(args.dataset, args.data_dir, args.image_size)
+    data = run.load_data(args.dataset, args.data_dir, teacher.model.config.image_size if teacher else args.image_size)
     args.dataset = args.dataset or data.name
-    C, S, _ = data.pixels[0].shape
-    if not given.model and not run.state and S % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
-    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
-    try:
-        config = DiTConfig(**MODELS[args.model], **shape)
-    except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
+    config = configure(args, data, teacher, choose=not given.model and not run.state)
 
     run.catch_signals()
-    trainer = Trainer(config, args, device)
+    trainer = Trainer(config, args, device, teacher)
+    seconds = plan(trainer)
     if run.state:
         trainer.load(run.state)
-    guidance = guidance_settings(args.guidance, TIMESTEPS)
-    description = checkpoint.describe(config, trainer.diffusion, data.classes, data.source, run.step, **guidance)
-    what = announcement(trainer, data.source, args.steps - run.step)
+    description = checkpoint.describe(
+        config, trainer.diffusion, data.classes, data.source, run.step, **trainer.guidance()
+    )
+    what = announcement(trainer, data.source, args.steps - run.step, seconds)
     with run.open(Path(args.dataset).resolve().name, vars(args), description, what):
         train(trainer, run, data)
     return run.finish(trainer.ema.state_dict())

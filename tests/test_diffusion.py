@@ -18,9 +18,12 @@ from diffusion import (
     draw_timesteps,
     drop_labels,
     guide,
+    shortcut,
     spaced_timesteps,
     training_loss,
 )
+from sampling import crossfade
+from shortcut import SHORTCUTS, draw_steps, shortcut_loss, shortcut_timesteps
 
 T = 1000
 BETA_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}                           # as diffusers calls them
@@ -515,3 +518,116 @@ def test_plain_weights_call_the_network_once_per_image():
     for weight in (0.0, 1.0, 2.0):
         guide(model, torch.zeros(4, dtype=torch.long), 10, weight)(gaussian(0), 0)
     assert sizes == [4, 4, 8]
+
+
+def test_guidance_takes_a_timestep_for_each_image():
+    x, y = gaussian(0), torch.tensor([0, 1, 2, 3])
+    predict = guide(lambda x, t, y: x * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1), y, 10, 2.0, interval=(100, 200))
+    t = torch.tensor([99, 100, 200, 201])
+    one_by_one = torch.cat([predict(x, n)[i : i + 1] for i, n in enumerate(t.tolist())])
+    torch.testing.assert_close(predict(x, t), one_by_one)
+
+
+def test_a_crossfade_begins_with_one_label_and_ends_with_the_other():
+    x, y = gaussian(0), torch.tensor([0, 1, 2, 3])
+    one, other = (guide(label_model, labels, 10, 3.0) for labels in (y, y + 5))
+    ends = crossfade(one, other, torch.tensor([0.0, 0.0, 1.0, 1.0]))(x, 500)
+    assert torch.equal(ends[:2], one(x, 500)[:2]) and torch.equal(ends[2:], other(x, 500)[2:])
+    halfway = crossfade(one, other, torch.full((4,), 0.5))(x, 500)
+    torch.testing.assert_close(halfway, (one(x, 500) + other(x, 500)) / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- inpainting
+
+
+@every_schedule
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver])
+def test_what_is_known_stays_and_is_noised_as_the_forward_process_would(schedule, sampler):
+    """Its share of noise in x_t is that of x_T, if no noise is added on the way, and it arrives as it is."""
+    d, image, eps, seen = Diffusion(schedule, "x0"), images(1), gaussian(2), []
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    mask[..., :2] = True
+    g = torch.Generator().manual_seed(0)
+    options = dict(noise=lambda: torch.randn(eps.shape, generator=g)) if sampler is ddpm else {}
+    x = d.a[T - 1] * image + d.s[T - 1] * eps
+    out = sampler(
+        d, lambda x, t: x * 0.3, x, spaced_timesteps(T, 20), known=(image, mask),
+        callback=lambda t, x_t, x0_hat: seen.append((t, x_t)), **options,
+    )
+    assert torch.equal(out[..., :2], image[..., :2]) and not torch.equal(out[..., 2:], image[..., 2:])
+    for t, x_t in seen:
+        noise = (x_t - d.a[t] * image)[..., :2] / d.s[t]
+        if sampler is ddpm:
+            assert noise.std().item() == pytest.approx(1, abs=0.3)
+        else:
+            torch.testing.assert_close(noise, eps[..., :2], rtol=0, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@every_schedule
+def test_a_step_can_be_undone_and_is_that_of_ddim(schedule):
+    d, x0, x_t = Diffusion(schedule, "x0"), images(), gaussian(0)
+    t, s = torch.tensor([999, 499, 30, 61]), torch.tensor([499, -1, -1, 30])
+    x_s = d.step(x_t, x0, t, s)
+    torch.testing.assert_close(d.undo_step(x_t, x_s, t, s), x0, rtol=0, atol=1e-3)
+    torch.testing.assert_close(x_s[1:3], x0[1:3])
+    way = ddim(d, lambda x, t: x0, x_t, [999, 499])
+    torch.testing.assert_close(d.step(d.step(x_t, x0, *map(torch.tensor, (999, 499))), x0, t[1], s[1]), way)
+
+
+def test_steps_to_learn_are_those_that_the_sampler_takes():
+    ways = {n: [*pairwise([*shortcut_timesteps(T, n), -1])] for n in SHORTCUTS}
+    drawn = [tuple(step) for step in draw_steps(8000, T, torch.Generator().manual_seed(0)).tolist()]
+    assert set(drawn) == {step for way in ways.values() for step in way}
+    for i, n in enumerate([1, 1, 2, 2, 4, 8, 16, 32]):
+        assert set(drawn[i::8]) == set(ways[n])
+    starts = sum(t == T - 1 for t, _ in drawn[7::8]) / 1000
+    assert starts == pytest.approx(0.3 + 0.7 / 32, abs=0.05)
+
+
+@every_schedule
+def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
+    """A model that takes each step as two halves, and the smallest as its teacher's, has no loss, and draws in one step
+    what the teacher draws in 64. One that takes them as a teacher of other data would has a loss at each size."""
+    d, y = Diffusion(schedule, "x0"), torch.zeros(64, dtype=torch.long)
+    optimal = optimal_for_gaussian(d, 0.2, 0.1)
+
+    def teacher(x, t, y, size):
+        return torch.cat([optimal(x[i : i + 1], n) for i, n in enumerate(t.tolist())])
+
+    def model(x, t, y, size, teacher=teacher):
+        return torch.cat([one(x[i : i + 1], *pair, teacher) for i, pair in enumerate(zip(t, size, strict=True))])
+
+    def one(x, t, size, teacher):
+        s, middle = t - size, (2 * t - size) // 2
+        smallest, now = size < 40, x
+        for a, b in ((t, middle), (middle, s)):
+            half = teacher(now, a[None], None, None) if smallest else one(now, a, a - b, teacher)
+            now = d.step(now, half, a[None], b[None])
+        return d.undo_step(x, now, t[None], s[None])
+
+    steps, eps = draw_steps(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
+    x0 = 0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1]
+    assert shortcut_loss(d, model, model, teacher, x0, y, steps, eps).max() < 1e-5
+    other = shortcut_loss(d, lambda *a: model(*a) + 0.1, model, teacher, x0, y, steps, eps)
+    torch.testing.assert_close(other, 0.01 / d.tables["s"][steps[:, 0]], rtol=0.01, atol=1e-4)
+
+    x = gaussian(3, 1)[:, :1, :1, :1]
+    one_step = shortcut(d, guide(model, y[:1], 0), x, shortcut_timesteps(T, 1))
+    torch.testing.assert_close(one_step, ddim(d, lambda x, t: optimal(x, t), x, halves()), rtol=0, atol=1e-3)
+
+
+def halves() -> list[int]:
+    """The timesteps of the way back cut in two six times."""
+    way = [T - 1, -1]
+    for _ in range(6):
+        way = [n for t, s in pairwise(way) for n in (t, (t + s) // 2)] + [-1]
+    return way[:-1]
+
+
+@pytest.mark.parametrize("steps", [0, 3, 64])
+def test_other_numbers_of_shortcuts_are_refused(steps):
+    with pytest.raises(ValueError, match="use 1, 2, 4, 8, 16, 32"):
+        shortcut_timesteps(T, steps)

@@ -251,3 +251,25 @@ def test_a_block_takes_its_condition_per_image():
     x = torch.randn(1, 4, 16).expand(2, -1, -1)
     out = block(x, torch.randn(2, 16))
     assert not torch.allclose(out[0], out[1])
+
+
+def test_a_shortcut_network_begins_as_the_network_it_copies():
+    torch.manual_seed(0)
+    config = dict(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=1)
+    plain, student = DiT(DiTConfig(**config)), DiT(DiTConfig(**config, shortcut=True))
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    missing = student.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing.missing_keys} == {"d_embedder"} and not missing.unexpected_keys
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999]), torch.tensor([0, 1, 2])
+    for d in (t, t + 1000):
+        assert torch.equal(student(x, t, y, d), plain(x, t, y))
+    torch.nn.init.normal_(student.d_embedder.mlp[2].weight)
+    assert not torch.allclose(student(x, t, y, t), student(x, t, y, t + 500))
+
+
+@pytest.mark.parametrize(("shortcut", "d"), [(True, None), (False, torch.tensor([5]))])
+def test_only_a_shortcut_network_takes_the_size_of_a_step(shortcut, d):
+    model = DiT(DiTConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=1, shortcut=shortcut))
+    with pytest.raises(ValueError, match="shortcut"):
+        model(torch.zeros(1, 1, 8, 8), torch.tensor([5]), None, d)

@@ -16,7 +16,7 @@ from cli import UsageError
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
 from inference import parse_labels
-from sampling import image_noise, sample
+from sampling import image_noise, sample, slerp
 
 
 @pytest.fixture
@@ -99,6 +99,36 @@ def test_compared_guidance_is_a_row_a_weight(draw):
     command = ["--compare-guidance", 0, 1, 4, "--labels", 0, 1, 2, "--guidance", 1, 300, 400]
     between = np.asarray(Image.open(draw(*command)))  # at these timesteps alone
     assert between.shape == image.shape and not np.array_equal(between, image)
+
+
+def test_an_interpolation_goes_from_image_to_image(draw):
+    """Its ends are the images of the seed; a film goes back to where it began."""
+    row = np.array(Image.open(draw("--interpolate", "dark", "light", "--seed", 3, "--steps", 4)))
+    ends = np.array(Image.open(draw("--labels", "dark", "light", "--per-class", 1, "--seed", 3, "--steps", 4)))
+    cell = ends.shape[1] // 2
+    assert row.shape[0] == ends.shape[0] and row.shape[1] > 4 * ends.shape[1]
+    np.testing.assert_allclose(row[:, :cell].astype(int), ends[:, :cell], atol=1)
+    np.testing.assert_allclose(row[:, -cell:].astype(int), ends[:, -cell:], atol=1)
+    film = Image.open(draw("--interpolate", 0, 2, 1, "--gif", "--steps", 2))
+    assert film.format == "GIF" and film.n_frames == 3 * 24
+
+
+def test_slerp_keeps_the_length_of_noise():
+    a, b = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for fraction in (0.0, 0.3, 0.5, 1.0):
+        assert slerp(a, b, fraction).norm().item() == pytest.approx(28, rel=0.1)
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+
+
+@pytest.mark.parametrize(("half", "kept"), [("left", np.s_[:, :4]), ("bottom", np.s_[4:])])
+def test_inpainting_keeps_its_half(draw, images, half, kept):
+    image = next((images / "light").glob("*.png"))
+    out = draw("--inpaint", half, image, "--labels", 0, 1, "--per-class", 3, "--npz", "many.npz", "--count", 6)
+    drawn, given = np.load(out)["arr_0"][..., 0], np.array(Image.open(image))
+    for i in range(6):
+        assert np.array_equal(drawn[i][kept], given[kept]) and not np.array_equal(drawn[i], given)
+    assert Image.open(draw("--inpaint", half, image, "--per-class", 2)).size[0] > 0
 
 
 def test_an_npz_is_what_evaluators_read(draw):

