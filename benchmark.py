@@ -25,13 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
-from cli import Parser, cpu_precision, find_checkpoint, number, pick_device, run_script
+from cli import Parser, find_checkpoint, number, pick_device, run_script
 from diffusion import Diffusion, training_loss
 from dit import MODELS, DiT, DiTConfig
 from sampling import DEFAULT_STEPS, TrainedModel, sample
 from settings import PRESETS, parse_args, settle
 from shortcut import SHORTCUTS
-from train import Trainer, make_deterministic
+from speed import cpu_precision, make_deterministic
+from train import Trainer
 
 # The model, the optimizer, and the batch size on a CPU.
 CASES = [

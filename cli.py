@@ -6,10 +6,8 @@ import math
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -92,24 +90,6 @@ def pick_device(name: str | None) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32: much faster products, with 10 bits of mantissa
         torch.cuda.set_device(LOCAL_RANK)
     return torch.device(name)
-
-
-@cache
-def cpu_precision() -> str:
-    """The precision in which a network is faster on this CPU: bf16 where its products take two thirds of fp32's time.
-
-    Whether they do is measured, in some milliseconds. CPUs with matrix units for bfloat16 (Intel's AMX) or instructions
-    (AVX512-BF16, ARM's BF16) are faster by far; on others bf16 is emulated, and several times as slow.
-    """
-    times = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(10):  # in turn, so that whatever else the machine does slows both
-        for dtype, measured in times.items():
-            x, weight = torch.ones(1024, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
-            begin = time.perf_counter()
-            for _ in range(3):
-                torch.nn.functional.linear(x, weight)
-            measured.append(time.perf_counter() - begin)
-    return "bf16" if min(times[torch.bfloat16]) * 1.5 < min(times[torch.float32]) else "fp32"
 
 
 def output_path(path: Path | None, default: str) -> Path:

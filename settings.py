@@ -4,15 +4,19 @@ A value comes from the command line, else from the run that is resumed, else fro
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import dataset
-from cli import BUNDLED_WEIGHTS, WORLD, Parser, UsageError, cpu_precision, guidance_settings, number
+from cli import BUNDLED_WEIGHTS, WORLD, Parser, UsageError, guidance_settings, number
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS
-from dit import MODELS
-from sampling import DEFAULT_GUIDANCE
+from dit import MODELS, DiTConfig
+from sampling import DEFAULT_GUIDANCE, TrainedModel
+from shortcut import SHORTCUTS
+from speed import cpu_precision
 
 TIMESTEPS = 1000  # T, as in DDPM
 # The defaults that depend on the device.
@@ -112,6 +116,9 @@ def settle(
     Of steps and minutes, one is None in the result. Raises UsageError for what cannot be, or cannot change.
     """
     explicit = {name: value for name, value in vars(given).items() if value is not None}
+    if given.minutes and (given.steps or state):
+        fix = "leave one out" if given.steps else "a run that goes on takes --steps"
+        raise UsageError(f"--minutes stands in place of --steps: {fix}")
     saved = {"distill": None, **state["args"]} if state else {}
     may_change = MAY_CHANGE - {"guidance"} if saved.get("distill") else MAY_CHANGE
     for name in sorted(saved.keys() & (explicit.keys() | FORMER.keys()) - may_change):
@@ -125,9 +132,6 @@ def settle(
     if given.distill and INHERITED & explicit.keys():
         flag = "--" + min(INHERITED & explicit.keys()).replace("_", "-")
         raise UsageError(f"with --distill, network and process are those of the checkpoint: leave {flag} out")
-    if given.minutes and (given.steps or state):
-        fix = "leave one out" if given.steps else "a run that goes on takes --steps"
-        raise UsageError(f"--minutes stands in place of --steps: {fix}")
     if given.minutes:
         args.steps = None
     elif args.steps:
@@ -151,3 +155,37 @@ def settle(
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")
     del args.run_dir, args.resume  # which are not settings that a run would keep
     return args
+
+
+def load_teacher(args: argparse.Namespace, state: dict, device: torch.device) -> TrainedModel | None:
+    """The network that --distill names, or that the run to go on with had. Raises UsageError, CheckpointError."""
+    if not (args.distill or "teacher" in state):
+        return None
+    teacher = TrainedModel(*checkpoint.build(state.get("teacher") or checkpoint.load(args.distill), device))
+    if teacher.model.config.shortcut:
+        raise UsageError(f"{args.distill} is distilled already: give the checkpoint that it learned from")
+    if teacher.diffusion.prediction == "eps":  # which says nothing of x0 where there is only noise
+        raise UsageError("--distill needs a network that predicts x0 or v: train one with --prediction x0")
+    if 2 * max(SHORTCUTS) > teacher.diffusion.T:
+        raise UsageError(f"--distill needs a network of {2 * max(SHORTCUTS)} timesteps or more")
+    return teacher
+
+
+def network(
+    args: argparse.Namespace, data: dataset.Images, teacher: TrainedModel | None, choose: bool
+) -> DiTConfig:
+    """The shape of the network for these images. choose: whether they choose the patch size. Raises UsageError."""
+    C, S, _ = data.pixels[0].shape
+    if teacher:
+        config = replace(teacher.model.config, shortcut=True)
+        if (config.in_channels, config.image_size, teacher.description["classes"]) != (C, S, list(data.classes)):
+            learned = f"{args.distill} learned from {teacher.description['data']}, and these are {data.source}"
+            raise UsageError(f"{learned}, of other classes or size: give its --dataset")
+        return config
+    if choose and S % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
+    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
+    try:
+        return DiTConfig(**MODELS[args.model], **shape)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from error

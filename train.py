@@ -12,13 +12,11 @@ keeps the folder, the log and the checkpoints, and settings.py says what can be 
 import argparse
 import copy
 import math
-import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,14 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_script
+from cli import RANK, WORLD, guidance_settings, pick_device, run_script
 from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
-from dit import MODELS, DiT, DiTConfig
+from dit import DiT, DiTConfig
 from muon import Muon
 from run import Run
 from sampling import TrainedModel, grid, seeded
-from settings import TIMESTEPS, parse_args, settle
-from shortcut import SHORTCUTS, draw_steps, shortcut_loss
+from settings import TIMESTEPS, load_teacher, network, parse_args, settle
+from shortcut import draw_steps, shortcut_loss
+from speed import compile_blocks, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
@@ -93,7 +92,9 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
         self.optimizers = make_optimizers(self.model, args)
         self.net = self.model  # what the images pass through: the model, perhaps wrapped
-        self.compiled = args.compile and compile_blocks(self)
+        networks = [self.model] + ([self.ema, teacher.model] if teacher else [])
+        blocks = [block for network in networks for block in network.blocks]
+        self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
             self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
 
@@ -180,6 +181,27 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
+    def rehearse(self, steps: int = 1) -> float:
+        """The seconds of a step, the median of some on blank images, whose changes to the network are undone."""
+        x0 = torch.zeros(self.share, *self.shape, device=self.device)
+        y = torch.zeros(self.share, dtype=torch.long, device=self.device)
+        parameters = [*self.model.parameters(), *self.ema.parameters()]
+        before = [p.detach().to("cpu", copy=True) for p in parameters]
+        times = []
+        try:
+            for _ in range(steps):
+                begin = time.perf_counter()
+                _, norm = self.step(0, x0, y)
+                norm.item()  # waits for the GPU
+                times.append(time.perf_counter() - begin)
+        finally:
+            self.model.zero_grad()
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, before)
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        return statistics.median(times)
+
     def samples(self) -> Image.Image:
         """Ten rows of images by the averaged weights, a class each."""
         labels = (torch.arange(10) % max(self.config.num_classes, 1)).repeat_interleave(10)
@@ -218,60 +240,11 @@ def update_ema(average: DiT, model: DiT, step: int, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def rehearse(trainer: Trainer, steps: int = 1) -> float:
-    """The seconds of a training step, the median of `steps` of them on blank images. All that they change is undone."""
-    x0 = torch.zeros(trainer.share, *trainer.shape, device=trainer.device)
-    y = torch.zeros(trainer.share, dtype=torch.long, device=trainer.device)
-    parameters = [*trainer.model.parameters(), *trainer.ema.parameters()]
-    before = [p.detach().to("cpu", copy=True) for p in parameters]
-    times = []
-    try:
-        for number in range(steps):
-            begin = time.perf_counter()
-            _, norm = trainer.step(number, x0, y)
-            norm.item()  # waits for the GPU
-            times.append(time.perf_counter() - begin)
-    finally:
-        trainer.model.zero_grad()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, before)
-        for optimizer in trainer.optimizers:
-            optimizer.state.clear()
-    return statistics.median(times)
-
-
-def compile_blocks(trainer: Trainer) -> bool:
-    """Compile the blocks, which are all alike and therefore compiled once. Returns whether that is possible here."""
-    networks = [trainer.model] + ([trainer.ema, trainer.teacher.model] if trainer.teacher else [])
-    blocks = [block for network in networks for block in network.blocks]
-    for block in blocks:
-        block.compile(dynamic=False)
-    try:
-        rehearse(trainer)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no compiler, no Triton, too old a GPU: training works without compiling
-        for block in blocks:
-            block._compiled_call_impl = None
-        reason = str(error).strip().splitlines()[0][:100]
-        warnings.warn(f"torch.compile does not work here ({reason}): going on without, slower", stacklevel=2)
-        return False
-    return True
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Make CUDA repeat itself to the bit, for resuming, and warn of operations that cannot. A CPU does so anyway."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def plan(trainer: Trainer) -> float:
     """Settle how many steps there will be, if --minutes is to say it. Returns the seconds of a step, by rehearsal."""
     args = trainer.args
-    rehearse(trainer, 3)  # the first steps are slower than all others
-    seconds = rehearse(trainer, 20)
+    trainer.rehearse()  # the first step is slower than all others
+    seconds = trainer.rehearse(20 if args.minutes else 2)
     if WORLD > 1:  # all processes must agree
         shared = [seconds]
         dist.broadcast_object_list(shared)
@@ -295,40 +268,6 @@ def announcement(trainer: Trainer, source: str, steps: int, seconds: float) -> s
     )
 
 
-def load_teacher(args: argparse.Namespace, state: dict, device: torch.device) -> TrainedModel | None:
-    """The network that --distill names, or that the run to go on with had. Raises UsageError, CheckpointError."""
-    if not (args.distill or "teacher" in state):
-        return None
-    teacher = TrainedModel(*checkpoint.build(state.get("teacher") or checkpoint.load(args.distill), device))
-    if teacher.model.config.shortcut:
-        raise UsageError(f"{args.distill} is distilled already: give the checkpoint that it learned from")
-    if teacher.diffusion.prediction == "eps":  # which says nothing of x0 where there is only noise
-        raise UsageError("--distill needs a network that predicts x0 or v: train one with --prediction x0")
-    if 2 * max(SHORTCUTS) > teacher.diffusion.T:
-        raise UsageError(f"--distill needs a network of {2 * max(SHORTCUTS)} timesteps or more")
-    return teacher
-
-
-def configure(
-    args: argparse.Namespace, data: dataset.Images, teacher: TrainedModel | None, choose: bool
-) -> DiTConfig:
-    """The shape of the network for these images. choose: whether they choose the patch size. Raises UsageError."""
-    C, S, _ = data.pixels[0].shape
-    if teacher:
-        config = replace(teacher.model.config, shortcut=True)
-        if (config.in_channels, config.image_size, teacher.description["classes"]) != (C, S, list(data.classes)):
-            learned = f"{args.distill} learned from {teacher.description['data']}, and these are {data.source}"
-            raise UsageError(f"{learned}, of other classes or size: give its --dataset")
-        return config
-    if choose and S % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
-    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
-    try:
-        return DiTConfig(**MODELS[args.model], **shape)
-    except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status.
 
@@ -345,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     run.join(device)
     data = run.load_data(args.dataset, args.data_dir, teacher.model.config.image_size if teacher else args.image_size)
     args.dataset = args.dataset or data.name
-    config = configure(args, data, teacher, choose=not given.model and not run.state)
+    config = network(args, data, teacher, choose=not given.model and not run.state)
 
     run.catch_signals()
     trainer = Trainer(config, args, device, teacher)

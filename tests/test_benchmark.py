@@ -33,7 +33,7 @@ def test_the_plain_step_learns_and_averages():
 def test_it_prints_its_tables(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "matmul_peak", lambda *_: 1e11)
     monkeypatch.setitem(benchmark.PRESETS["cpu"], "compile", False)
-    monkeypatch.setitem(benchmark.PRESETS["cpu"], "precision", "bf16")
+    monkeypatch.setattr(benchmark, "cpu_precision", lambda: "bf16")
     monkeypatch.setattr(benchmark, "DEFAULT_STEPS", {"ddpm": 3, "ddim": 2, "dpm++": 2})
     command = f"benchmark.py --models DiT-N/7 --rounds 1 --device cpu --checkpoint {tiny_run}"
     monkeypatch.setattr("sys.argv", command.split())

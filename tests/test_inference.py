@@ -124,7 +124,7 @@ def test_slerp_keeps_the_length_of_noise():
 @pytest.mark.parametrize(("half", "kept"), [("left", np.s_[:, :4]), ("bottom", np.s_[4:])])
 def test_inpainting_keeps_its_half(draw, images, half, kept):
     image = next((images / "light").glob("*.png"))
-    out = draw("--inpaint", half, image, "--labels", 0, 1, "--per-class", 3, "--npz", "many.npz", "--count", 6)
+    out = draw("--inpaint", half, image, "--npz", "many.npz", "--count", 6)
     drawn, given = np.load(out)["arr_0"][..., 0], np.array(Image.open(image))
     for i in range(6):
         assert np.array_equal(drawn[i][kept], given[kept]) and not np.array_equal(drawn[i], given)
@@ -194,6 +194,12 @@ def test_labels_are_numbers_names_or_ranges():
         (["--npz", "digits.npz", "--labels", 1], "leave out --output, --labels"),
         (["--count", 5], "goes with --npz"),
         (["--trajectory", "--per-class", 2], "leave --per-class out"),
+        (["--sampler", "shortcut"], "was not distilled: draw from it with any other --sampler"),
+        (["--interpolate", 0], "needs two labels or more"),
+        (["--interpolate", 0, 1, "--sampler", "ddpm"], "samplers that add no noise"),
+        (["--interpolate", 0, 1, "--per-class", 3], "leave other flags out"),
+        (["--inpaint", "middle", "x.png"], "one of left, right, top, bottom"),
+        (["--inpaint", "left", "nowhere.png"], "cannot read the image nowhere.png"),
     ],
 )
 def test_what_cannot_be_asked_for_names_the_fix(draw, arguments, fix, tmp_path):
@@ -239,6 +245,43 @@ def test_the_guidance_of_the_weights_is_the_default_and_a_weight_of_ones_own_act
     assert settings() == (2.0, [300, 800])
     assert settings("--guidance", "3") == (3.0, None)
     assert settings("--guidance", "3", "100", "200") == (3.0, [100, 200])
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """Weights of a shortcut network that was never trained."""
+    shape = dict(image_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    model = DiT(DiTConfig(**shape, shortcut=True))
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+    path = tmp_path_factory.mktemp("distilled") / "fast.safetensors"
+    description = checkpoint.describe(model.config, Diffusion("flow", "x0"), ("a", "b", "c"), "nothing", 0, 1.0)
+    checkpoint.save_weights(path, model.state_dict(), description)
+    return path
+
+
+def test_distilled_weights_draw_in_few_steps(draw, distilled, monkeypatch):
+    calls, forward = [], DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y, d: calls.append(int(d[0])) or forward(self, x, t, y, d))
+    two = ("--steps", 2, "--sampler", "shortcut")
+    for steps, sizes in (((), [250] * 4), (("--steps", 1), [1000]), (two, [500] * 2)):
+        calls.clear()
+        assert draw(*steps, weights=distilled).exists()
+        assert calls == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--steps", 3], "use 1, 2, 4, 8, 16, 32, which these weights learned"),
+        (["--sampler", "ddim"], "was distilled: draw from it with --sampler shortcut alone"),
+        (["--guidance", 2], "was learned from its teacher: leave --guidance out"),
+        (["--compare-guidance", 1, 2], "leave --guidance out"),
+    ],
+)
+def test_what_distilled_weights_cannot_do_names_the_fix(draw, distilled, arguments, fix, tmp_path):
+    with pytest.raises(UsageError, match=fix):
+        draw(*arguments, weights=distilled)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unconditional_model_draws_without_labels(draw, tmp_path):
