@@ -58,8 +58,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     others = args.trajectory or args.compare_guidance or args.npz or args.inpaint or args.labels or args.per_class
     if args.interpolate and (others or args.eta or args.sampler == "ddpm"):
         raise UsageError("--interpolate goes with --gif, and with samplers that add no noise: leave other flags out")
-    if args.interpolate and len(args.interpolate) < 2 and "-" not in args.interpolate[0]:
-        raise UsageError("--interpolate needs two labels or more")
     if args.inpaint and args.inpaint[0] not in HALVES:
         raise UsageError(f"--inpaint keeps a half, one of {', '.join(HALVES)}: not {args.inpaint[0]!r}")
     if args.npz and (args.labels or args.output or args.per_class):
@@ -177,13 +175,15 @@ def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
     """The way from each of these labels to the next: the noise of one image turns into that of another, while the label
     fades. A row for each way; or, with --gif, a film, which ends where it began. Returns the path of the file.
     """
+    if len(labels) < 2:
+        raise UsageError("--interpolate needs two labels or more")
     path = output_path(args.output, "interpolation.gif" if args.gif else "interpolation.png")
-    config = trained.model.config
+    config, images = trained.model.config, []
     noise = image_noise(args.seed, range(len(labels)), (config.in_channels, *[config.image_size] * 2), "cpu")()
     ends = [*zip(labels, noise, strict=True)]
+    ends += ends[:1] if args.gif else []
     share = torch.arange(24) / 24 if args.gif else torch.linspace(0, 1, 10)
-    images = []
-    for (one, a), (other, b) in tqdm([*pairwise(ends + ends[: args.gif])], unit="way", leave=False):
+    for (one, a), (other, b) in tqdm([*pairwise(ends)], unit="way", leave=False):
         start = torch.stack([slerp(a, b, fraction) for fraction in share])
         y, other = torch.full_like(share, one).long(), torch.full_like(share, other).long()
         images.append(sample(trained.model, trained.diffusion, y, start=start, fade=(other, share), **trained.settings))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
 from dit import DiT
 from shortcut import shortcut_timesteps
+from speed import fast_attention
 
 DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20, "shortcut": 4}
 DEFAULT_GUIDANCE = 1.5
@@ -69,7 +70,7 @@ def sample(
     model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | None = None,
     sampler: str = "dpm++", steps: int = DEFAULT_STEPS["dpm++"], eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
     interval: tuple[int, int] | None = None, start: Tensor | None = None, fade: tuple[Tensor, Tensor] | None = None,
-    **options,
+    precision: str = "fp32", **options,
 ) -> Tensor:
     """Draw an image for each of the labels (n,), as one batch (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
 
@@ -78,6 +79,7 @@ def sample(
     fade:     other labels (n,), and how far (n,) each image is on its way to them, see `crossfade`
     sampler:  one of diffusion.SAMPLERS, which looks at the image at `steps` timesteps
     eta:      for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
+    precision: fp32, or bf16 for matrix products in bfloat16
 
     For guidance and interval see diffusion.guide, for the options clip, known and callback diffusion.denoise.
     """
@@ -91,7 +93,9 @@ def sample(
         predict = crossfade(predict, guide(model, other, config.num_classes, weight, interval), share)
     options |= {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta)}.get(sampler, {})
     x = noise() if start is None else start.to(device)
-    return SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with autocast, fast_attention(device, precision):
+        return SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
 
 
 class TrainedModel:

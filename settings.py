@@ -46,8 +46,8 @@ FLAGS = {
         model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
         learn_sigma=(False, "predict the variance of the reverse steps too", YES_NO),
         distill=(
-            None, "teach the network of this checkpoint to draw in one step to 32 (default: the bundled weights)",
-            dict(nargs="?", const=str(BUNDLED_WEIGHTS), metavar="CHECKPOINT"),
+            None, "teach a network to draw in few steps, 1 to 32, what this checkpoint draws in more; alone, --distill "
+            "takes the bundled weights", dict(nargs="?", const=str(BUNDLED_WEIGHTS), metavar="CHECKPOINT"),
         ),
         gradient_checkpointing=(False, "less memory, a third more time", YES_NO),
     ),

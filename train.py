@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -36,7 +35,7 @@ from run import Run
 from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, load_teacher, network, parse_args, settle
 from shortcut import draw_steps, shortcut_loss
-from speed import compile_blocks, make_deterministic
+from speed import compile_blocks, fast_attention, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
@@ -157,13 +156,10 @@ class Trainer:
         While the caller works on a slice, the fastest kind of attention is switched on. Processes exchange gradients in
         the last slice only, because one exchange for each step is enough.
         """
-        # In bfloat16 on a CPU, PyTorch's fused attention takes ten times as long as matrix products and a softmax.
-        plain = self.device.type == "cpu" and self.args.precision == "bf16"
         for first in range(0, self.share, self.part):
             last = first + self.part == self.share
-            attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
             exchange = nullcontext() if last or self.net is self.model else self.net.no_sync()
-            with attention, exchange:
+            with fast_attention(self.device, self.args.precision), exchange:
                 yield slice(first, first + self.part)
 
     def state(self) -> dict:

@@ -276,6 +276,19 @@ def test_a_sweep_draws_a_picture(what, weights, monkeypatch, tmp_path):
     assert (tmp_path / "outputs" / f"sweep-{what}-1.png").exists()
 
 
+def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "bootstrap", lambda *_: (0.0, 1.0))
+    config = DiTConfig(hidden_size=8, depth=1, num_heads=1, shortcut=True)
+    about = checkpoint.describe(config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
+    checkpoint.save_weights(tmp_path / "fast.safetensors", DiT(config).state_dict(), about)
+    result = run("--sweep", "steps", "--checkpoint", "fast.safetensors", "--count", 20, "--device", "cpu")
+    assert [point["calls"] for point in result["sweep"]] == [1, 2, 4, 8, 16, 32]
+    for sweep in ("guidance", "sampler"):
+        with pytest.raises(UsageError, match=f"one guidance and one sampler: leave --sweep {sweep} out"):
+            run("--sweep", sweep, "--checkpoint", "fast.safetensors")
+
+
 def test_bad_requests_are_refused_before_any_work(weights, digits, tiny_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     np.savez("large.npz", np.zeros((30, 32, 32, 1), np.uint8))

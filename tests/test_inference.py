@@ -51,6 +51,13 @@ def test_an_image_is_the_same_in_any_batch_and_of_any_count(network, sampler):
     assert (whole[0] - whole[3]).abs().max() > 0.1  # of the same label, but another image
 
 
+def test_bfloat16_changes_the_images_a_little_and_float32_is_the_default(network):
+    labels = torch.arange(4) % 3
+    exact, rounded = (sample(*network, labels, steps=6, precision=precision) for precision in ("fp32", "bf16"))
+    assert torch.equal(sample(*network, labels, steps=6), exact)
+    assert 0 < (exact - rounded).abs().mean() < 0.05
+
+
 def test_another_seed_is_another_image_and_seeds_share_none():
     noise = [image_noise(seed, range(100), (4,), "cpu")() for seed in (0, 1, 2**32 - 1)]
     every = torch.cat(noise)
