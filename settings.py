@@ -26,7 +26,7 @@ PRESETS = {
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
 # What --distill changes of these, and what the student has from its teacher and cannot be set.
-DISTILLATION = dict(steps=10_000, minutes=None, batch_size=128, lr=2e-3, ema=0.998, label_dropout=0.0)
+DISTILLATION = dict(steps=4500, minutes=None, batch_size=128, lr=2e-3, ema=0.998, label_dropout=0.0)
 INHERITED = {
     "model", "learn_sigma", "schedule", "prediction", "timestep_distribution", "min_snr", "label_dropout", "image_size",
 }

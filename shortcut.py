@@ -34,12 +34,13 @@ def shortcut_timesteps(T: int, steps: int) -> list[int]:
 def draw_steps(n: int, T: int, generator: torch.Generator | None = None) -> Tensor:
     """n steps (t, s) for a shortcut model to learn, from timestep t to s < t, as an int64 tensor (n, 2) on the CPU.
 
-    Of each 8 in a row, two cross the whole way, two half of it, and one each a quarter, 1/8, 1/16 and 1/32 of it.
-    A share of 0.3 of them begins in pure noise, at t = T - 1, where sampling in few steps is decided.
+    Of each 8 in a row, one crosses the whole way, one half of it, then a quarter, 1/8 and 1/16 of it, and three 1/32,
+    on which all others stand. Of these others, a share of 0.3 begins in pure noise, where few steps have to begin.
     """
-    parts = torch.tensor([1, 1, 2, 2, 4, 8, 16, 32]).repeat(n // 8 + 1)[:n]
+    parts = torch.tensor([1, 2, 4, 8, 16, 32, 32, 32]).repeat(n // 8 + 1)[:n]
     u = torch.rand(2, n, generator=generator, dtype=torch.float64)
-    i = torch.where(u[0] < 0.3, parts, (u[1] * parts).long() + 1)  # counted from the image: step 1 arrives there
+    begins = (u[0] < 0.3) & (parts < SHORTCUTS[-1])
+    i = torch.where(begins, parts, (u[1] * parts).long() + 1)  # counted from the image: step 1 arrives there
     return torch.stack([(T * i / parts).round().long() - 1, (T * (i - 1) / parts).round().long() - 1], dim=1)
 
 

@@ -38,6 +38,7 @@ from shortcut import draw_steps, shortcut_loss
 from speed import compile_blocks, fast_attention, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
+STEPS_SHARE = 0.95     # of the time of a run; the rest is for checkpoints and samples
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
 
 
@@ -246,7 +247,7 @@ def plan(trainer: Trainer) -> float:
         dist.broadcast_object_list(shared)
         seconds = shared[0]
     if args.minutes:
-        steps = max(1, int(args.minutes * 60 * 0.95 / seconds))  # a twentieth is for checkpoints and samples
+        steps = max(1, int(args.minutes * 60 * STEPS_SHARE / seconds))
         args.steps, args.minutes = int(float(f"{steps:.2g}")), None
     return seconds
 
@@ -258,9 +259,10 @@ def announcement(trainer: Trainer, source: str, steps: int, seconds: float) -> s
     what = f"{args.distill}, distilled" if args.distill else args.model
     process = " ".join(trainer.diffusion.config[name] for name in ("schedule", "prediction"))
     how = f"{trainer.device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
+    minutes = steps * seconds / STEPS_SHARE / 60
     return (
         f"{what}, {parameters:.1f} M parameters; {process}, {args.optimizer}; "
-        f"{steps:,} steps of {args.batch_size} from {source}; {how}: about {math.ceil(steps * seconds / 57)} min"
+        f"{steps:,} steps of {args.batch_size} from {source}; {how}: about {math.ceil(minutes)} min"
     )
 
 

@@ -13,9 +13,10 @@ import dataset
 import evaluate
 import judge
 import metrics
-from cli import UsageError
+from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, UsageError
 from diffusion import Diffusion
 from dit import DiT, DiTConfig
+from sampling import TrainedModel, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,15 @@ def test_a_checkpoint_is_measured_and_the_numbers_saved(weights, monkeypatch, tm
     assert result["numbers"]["rho, classifier"]["generated"] > 1.5  # from noise
     printed = capsys.readouterr().out
     assert "40 images" in printed and "rho, random" in printed
+
+
+@pytest.mark.parametrize(("weights", "steps"), [(BUNDLED_WEIGHTS, 20), (DISTILLED_WEIGHTS, 4), (DISTILLED_WEIGHTS, 1)])
+def test_the_bundled_weights_draw_digits(judges, weights, steps):
+    assert weights.stat().st_size < 10_000_000
+    trained = TrainedModel(*checkpoint.build(checkpoint.load(weights)))
+    labels = torch.arange(10).repeat(20)
+    features = judge.features(judges[0], to_uint8(trained.draw(labels, 200, steps=steps)))
+    assert (judges[0].head(features).argmax(1) == labels).double().mean() >= 0.97
 
 
 def test_samples_of_another_program_are_measured_too(digits, monkeypatch, tmp_path):
