@@ -168,7 +168,7 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
         fix = "with --sampler shortcut alone" if distilled else "with any other --sampler"
         raise UsageError(f"{args.checkpoint} was {'' if distilled else 'not '}distilled: draw from it {fix}")
     if distilled and args.guidance:
-        raise UsageError(f"the guidance of {args.checkpoint} was learned from its teacher: leave --guidance out")
+        raise UsageError(f"{args.checkpoint} was distilled with its guidance, which is fixed: set none")
     steps = min(DEFAULT_STEPS[sampler], T) if args.steps is None else args.steps
     if distilled and steps not in SHORTCUTS:
         raise UsageError(f"--steps is {steps}: use {', '.join(map(str, SHORTCUTS))}, which these weights learned")

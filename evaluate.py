@@ -99,8 +99,8 @@ def open_digits_model(args: argparse.Namespace) -> TrainedModel:
         raise UsageError(f"the judge knows digits of 28 x 28 alone, and {learned}: give a checkpoint of MNIST")
     if "bits" in args.also and description["diffusion"]["schedule"] == "flow":
         raise UsageError("the bound of flow is loose beyond use: --also bits is for schedules linear and cosine")
-    if config.shortcut and args.sweep in ("guidance", "sampler"):
-        raise UsageError(f"distilled weights have one guidance and one sampler: leave --sweep {args.sweep} out")
+    if config.shortcut and args.sweep == "sampler":
+        raise UsageError("distilled weights have one sampler alone: use --sweep steps")
     most = max([options.get("steps", 1) for options in SWEEPS[args.sweep][1]]) if args.sweep else 1
     if most > T:
         raise UsageError(f"this sweep goes to {most} steps, the model knows {T}: use --sweep guidance")

@@ -38,7 +38,7 @@ from shortcut import draw_steps, shortcut_loss
 from speed import compile_blocks, fast_attention, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
-STEPS_SHARE = 0.95     # of the time of a run; the rest is for checkpoints and samples
+STEPS_SHARE = 0.85     # of the time of a run; the rest is for reading data, checkpoints and samples
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
 
 

@@ -281,8 +281,8 @@ def test_distilled_weights_draw_in_few_steps(draw, distilled, monkeypatch):
     [
         (["--steps", 3], "use 1, 2, 4, 8, 16, 32, which these weights learned"),
         (["--sampler", "ddim"], "was distilled: draw from it with --sampler shortcut alone"),
-        (["--guidance", 2], "was learned from its teacher: leave --guidance out"),
-        (["--compare-guidance", 1, 2], "leave --guidance out"),
+        (["--guidance", 2], "distilled with its guidance, which is fixed: set none"),
+        (["--compare-guidance", 1, 2], "which is fixed: set none"),
     ],
 )
 def test_what_distilled_weights_cannot_do_names_the_fix(draw, distilled, arguments, fix, tmp_path):

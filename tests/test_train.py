@@ -389,8 +389,8 @@ def test_minutes_become_steps_that_a_resumed_run_keeps(images, tmp_path, monkeyp
     with pytest.raises(UsageError, match="--minutes stands in place of --steps: leave one out"):
         run(*arguments, "--minutes", 1, "--steps", 5)
     assert run(*arguments, "--minutes", 0.02) == 0
-    assert len(losses(tmp_path / "run")) == 38  # 0.02 * 60 * 0.95 / 0.03
-    assert checkpoint.load(tmp_path / "run")["args"]["steps"] == 38
+    assert len(losses(tmp_path / "run")) == 34  # 0.02 * 60 * 0.85 / 0.03
+    assert checkpoint.load(tmp_path / "run")["args"]["steps"] == 34
     with pytest.raises(UsageError, match="a run that goes on takes --steps"):
         run("--resume", tmp_path / "run", "--minutes", 1)
 
