@@ -100,8 +100,8 @@ class Diffusion:
         tables |= dict(log_variance=variance.log(), log_beta=beta.log())
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
 
-    def at(self, name: str, t: Tensor) -> Tensor:
-        """A table's values at the timesteps t (B,), shaped (B, 1, 1, 1) so that they multiply images."""
+    def at(self, name: str, t: Tensor | int) -> Tensor:
+        """A table's values at the timesteps t (B,), or at one for all, shaped (B or 1, 1, 1, 1) to multiply images."""
         return self.tables[name][t].view(-1, 1, 1, 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class Diffusion:
             return self.x_factor[t] * x_t + self.out_factor[t] * out
         return self.at("x_factor", t) * x_t + self.at("out_factor", t) * out
 
-    def step(self, x_t: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """DDIM's step (arXiv 2010.02502, Eq. 12) from x_t towards x0_hat, to the noise level of s (B,) < t (B,)."""
+    def step(self, x_t: Tensor, x0_hat: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """DDIM's step (arXiv 2010.02502, Eq. 12) from x_t towards x0_hat, to the noise level of s < t, (B,) or one."""
         eps_hat = (x_t - self.at("a", t) * x0_hat) / self.at("s", t)
         return self.at("a", s) * x0_hat + self.at("s", s) * eps_hat
 
@@ -371,7 +371,7 @@ def shortcut(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list
     """
     for t, s in pairwise([*timesteps, -1]):
         x0_hat, _ = denoise(diffusion, partial(predict, d=t - s), x, t, **options)
-        x = diffusion.step(x, x0_hat, *(torch.full((len(x),), time, device=x.device) for time in (t, s)))
+        x = diffusion.step(x, x0_hat, t, s)
     return x
 
 
