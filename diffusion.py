@@ -146,7 +146,8 @@ class Diffusion:
         """The log variance of the reverse step from t (B,) to t - 1.
 
         Without a learned variance, mix is empty and the result is the log of the posterior's variance. Otherwise mix
-        (B, C, H, W), the second half of the output, leads from that (at -1) to log beta (at 1): iDDPM Eq. 15.
+        (B, C, H, W), the second half of the output, leads from that (at -1) to log beta (at 1): iDDPM Eq. 15, where
+        v is (mix + 1) / 2.
         """
         low, high = self.at("log_variance", t), self.at("log_beta", t)
         return torch.lerp(low, high, (mix + 1) / 2) if mix.shape[1] else low
@@ -210,9 +211,11 @@ def training_loss(
 
     The loss is the squared error of the network's output. With snr_gamma it is that of x0_hat instead, times
     min(SNR, snr_gamma), where SNR = a^2 / s^2 (min-SNR, arXiv 2303.09556). Without it, a predicted x0 is measured by
-    the error of the v that it implies (arXiv 2511.13720), because x0 is easy to see where there is little noise, and
-    such timesteps would hardly count. A model of 2C channels is trained with the hybrid loss L_simple + lambda L_vlb
-    (iDDPM, Eq. 16). L_vlb is a sum over T timesteps. With lambda = 1 / T, one random timestep stands for the sum.
+    the error of the v that it implies, with a divisor of at least 0.05 (JiT, arXiv 2511.13720, section 4.3; for linear
+    and cosine it is the weight SNR + 1 of arXiv 2202.00512, section 4). Otherwise timesteps of little noise, where x0
+    is easy to see, would hardly count. A model of 2C channels is trained with the hybrid loss L_simple + lambda L_vlb
+    (iDDPM, Eq. 16). L_vlb is a sum over T timesteps. With lambda = 1 / T, one random timestep stands for the sum. (The
+    paper's lambda of 0.001 is that of T = 1000.)
     """
     C = x0.shape[1]
     x_t = diffusion.q_sample(x0, t, eps)
@@ -308,7 +311,8 @@ def ddpm(
 ) -> Tensor:
     """DDPM Algorithm 2: each step draws from q(x_s | x_t, x0_hat), with the posterior's variance or a learned one.
 
-    The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it.
+    The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it. The
+    posterior's variance is one of the two that the paper tries; the other is beta (section 3.2).
     """
     for t, s in pairwise([*timesteps, -1]):
         x0_hat, mix = denoise(diffusion, predict, x, t, **options)

@@ -96,9 +96,8 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines, each (M, dim/2), of M positions (M,) at frequencies that fall from 1 almost to 1/10000.
-
-    The fast ones tell neighbours apart, the slow ones far from near (arXiv 1706.03762, section 3.5).
+    """Sines and cosines, each (M, dim/2), of M positions (M,) at frequencies that fall from 1 almost to 1/10000
+    (arXiv 1706.03762, section 3.5). The fast ones tell neighbours apart, the slow ones far from near.
     """
     exponent = torch.arange(dim // 2, dtype=position.dtype, device=position.device) / (dim // 2)
     frequency = torch.exp(-math.log(10000) * exponent)

@@ -3,9 +3,9 @@
     python judge.py              train the classifier anew, and write the two files below
 
 The first space is the last hidden layer of a classifier, the second a network of random filters. The distance of two
-sets of images is the Fréchet distance (FD) of arXiv 1706.08500: that of two Gaussians which have the mean and the
-covariance of each set. (The usual features, of the Inception network, are made for colour photographs and say little of
-grey digits.)
+sets of images is the Fréchet distance (FD), squared as in FID (arXiv 1706.08500): that of two Gaussians which have the
+mean and the covariance of each set. (The usual features, of the Inception network, are made for colour photographs and
+say little of grey digits.)
 
 assets/classifier.safetensors holds the classifier. assets/reference.safetensors holds the features of the 10,000 test
 images, and of 10,000 training images that the classifier never saw. So samples are judged without MNIST at hand.

@@ -147,8 +147,9 @@ def nearest(images: Tensor, train: Tensor, k: int = 50) -> tuple[Tensor, Tensor,
 def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> Table:
     """Are samples copies of training images? Test images, of which none can be one, show what is usual.
 
-    A near-duplicate is nearer to one training image than half its mean distance to the nearest 50 (arXiv 2301.13188).
-    The picture shows the ten samples that come closest to being one, each above its training image.
+    A near-duplicate is nearer to one training image than half its mean distance to the nearest 50 (after arXiv
+    2301.13188; here these 50 are neighbours of the sample). The picture shows the ten samples that come closest to
+    being one, each above its training image.
     """
     table = {"distance to the nearest training image, median": {}, "near-duplicates": {}}
     some = torch.randperm(len(test), generator=seeded(0, 3))[: len(images)]

@@ -2,7 +2,8 @@
 
 A gradient has a few strong directions and many weak ones. Muon makes all equally strong, so that a step learns in each.
 Jordan et al., https://kellerjordan.github.io/posts/muon; the scale of the update is Moonlight's, arXiv 2502.16982.
-torch.optim.Muon does the same in bfloat16, a matrix at a time, which is fast on a GPU. This one is fast on CPUs.
+torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bfloat16, a matrix at a time, which is fast on a
+GPU. This one is fast on CPUs.
 """
 
 from collections import defaultdict

@@ -49,7 +49,8 @@ def test_layers_that_start_at_zero_wake_up_one_after_another():
     assert moving[0] == last
     assert moving[1] >= last | {name for name in modulations if "final" in name}
     assert not any("blocks.0.attn" in name or "blocks.0.mlp" in name for name in moving[1])
-    assert moving[2] >= modulations
+    assert moving[1] == last | modulations | {"x_embedder.proj.weight", "x_embedder.proj.bias"}
+    assert moving[2] == {name for name, _ in model.named_parameters()}
 
 
 def test_patchify_and_unpatchify_are_inverse():

@@ -1,10 +1,12 @@
-"""Claims about the README: its commands run as they are written there, in their order, with fewer steps and images,
-and its list of files is an order in which they can be read."""
+"""Claims about the README: its commands run as they are written there, in their order, with fewer steps and images;
+its list of files is an order in which they can be read; the code that it quotes stands in the files; its pictures are
+there; and README.zh-CN.md says the same in Chinese."""
 
 import ast
 import re
 import shlex
 import shutil
+from textwrap import dedent
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import settings
 import train
 
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README.zh-CN.md").read_text()
 COMMANDS = [
     shlex.split(part, comments=True)
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -32,6 +35,7 @@ FEWER = {
     "evaluate.py": "--count 20 --device cpu",
     "benchmark.py": "--rounds 1 --device cpu",
     "judge.py": "",
+    "assets/make_figures.py": "",
 }
 
 
@@ -71,7 +75,8 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
         if "--npz" in arguments and name == "inference.py":
             fewer += ["--count", "25"]
         print(*command)
-        if name in ("benchmark.py", "judge.py"):  # minutes even so: test_benchmark and test_evaluate run them
+        # These take minutes even so: test_benchmark, test_evaluate and test_figures run them.
+        if name in ("benchmark.py", "judge.py", "assets/make_figures.py"):
             continue
         if name == "train.py":
             assert train.main([*arguments, *fewer]) == 0
@@ -115,3 +120,78 @@ def test_each_file_imports_only_files_that_the_readme_names_before_it():
         assert ours <= set(order[:i]), name
         assert not ours & {"inference", "evaluate", "benchmark"}, f"{name} imports a command line"
         assert not ours or name not in ("dit", "diffusion", "dataset", "muon"), f"{name} stands alone"
+
+
+def source_of(place: str) -> str:
+    """The source of a function: "diffusion.py, Diffusion.q_sample"."""
+    file, names = place.split(", ")
+    source = (ROOT / file).read_text()
+    node = ast.parse(source)
+    for name in names.split("."):
+        node = next(part for part in node.body if getattr(part, "name", None) == name)
+    return "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+def stands_in(quote: str, source: str) -> bool:
+    """Whether the lines of a quote follow one another in a source, at whatever indentation."""
+    lines, wanted = source.splitlines(), dedent(quote).splitlines()
+    windows = ("\n".join(lines[i : i + len(wanted)]) for i in range(len(lines)))
+    return any(dedent(window).splitlines() == wanted for window in windows)
+
+
+def test_quoted_code_stands_in_the_files():
+    """Each quote begins with a comment that names its file and function. Three dots stand for what is left out."""
+    quotes = re.findall(r"```python\n# ([\w./]+\.py, [\w.]+)\n(.*?)```", README, re.DOTALL)
+    assert len(quotes) == README.count("```python") > 10
+    for place, code in quotes:
+        source = source_of(place)
+        for part in re.split(r"^\.\.\.\n", code, flags=re.MULTILINE):
+            assert stands_in(part, source), (place, part)
+    assert not stands_in("return x0", source_of("diffusion.py, Diffusion.q_sample"))
+
+
+PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]*)\)")
+
+
+def test_the_pictures_are_there_and_have_words_for_those_who_cannot_see_them():
+    pictures = PICTURE.findall(README)
+    assert len(pictures) > 7
+    for words, path in pictures:
+        assert len(words) > 20, path
+        assert (ROOT / path).is_file(), path
+    assert (ROOT / "assets" / "denoising.gif").stat().st_size < 1_500_000
+
+
+def test_links_inside_the_readme_lead_to_a_heading_or_a_file():
+    for text in (README, CHINESE):
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        for target in re.findall(r"\]\(([^)]*)\)", text):
+            if not target.startswith("http"):
+                assert target[1:] in anchors if target.startswith("#") else (ROOT / target).exists(), target
+
+
+def test_the_chinese_readme_says_the_same():
+    """The same headings, code, commands and pictures, and in each section the same formulas and numbers."""
+    def sections(text: str) -> list[dict]:
+        parts = []
+        section = re.compile(r"^(#+) ((?:```\w*\n.*?```|.)*?)(?=^#+ |\Z)", re.DOTALL | re.MULTILINE)
+        for level, part in section.findall(hide_words(text)):
+            blocks = re.findall(r"```\w*\n.*?```", part, re.DOTALL)
+            prose = re.sub(r"```\w*\n.*?```|\]\([^)]*\)", "", part, flags=re.DOTALL)
+            parts.append(dict(
+                level=level, blocks=blocks, pictures=[path for _, path in PICTURE.findall(part)],
+                formulas=sorted(re.findall(r"\$[^$]+\$", prose)),
+                numbers=sorted(re.findall(r"\d+(?:[.,]\d+)*", prose)),
+            ))
+        return parts
+
+    def hide_words(text: str) -> str:  # those in commands and formulas are in the language of the page
+        commands = re.compile(r"```bash\n.*?```", re.DOTALL)
+        text = commands.sub(lambda block: re.sub(r" +# .*", "", block[0]), text)
+        return re.sub(r"\\text\{[^}]*\}", r"\\text{}", text)
+
+    ours, theirs = sections(README), sections(CHINESE)
+    assert [part["level"] for part in theirs] == [part["level"] for part in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other == mine

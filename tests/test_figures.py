@@ -1,0 +1,62 @@
+"""Claims about the figures: one command makes each of them anew, from the code and the weights."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "assets"))
+import make_figures  # noqa: E402
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Make a figure in an empty folder, and open it."""
+    monkeypatch.setattr(make_figures, "ASSETS", tmp_path)
+    monkeypatch.setattr(make_figures, "JUDGED", 20)
+
+    def make(name, *arguments):
+        make_figures.FIGURES[name](*arguments)
+        (path,) = tmp_path.iterdir()
+        return Image.open(path)
+
+    return make
+
+
+@pytest.mark.parametrize("name", [name for name in make_figures.FIGURES if name not in ("denoising", "loss")])
+def test_each_figure_is_made_in_the_same_width(made, name):
+    picture = made(name)
+    assert picture.width == 1540
+    assert picture.convert("L").getextrema() == (0, 255) or name in ("dit_architecture", "shortcut")
+    assert picture.getpixel((0, 0))[:3] == (255, 255, 255)
+
+
+def test_the_animation_ends_with_the_digits(made):
+    picture = made("denoising")
+    assert picture.n_frames == 21
+    picture.seek(20)
+    assert (np.asarray(picture.convert("L")) < 60).mean() > 0.7  # digits on black, and no noise
+
+
+def test_the_loss_of_a_run_is_drawn_with_its_samples(made, tiny_run):
+    assert made("loss", tiny_run).width == 1540
+
+
+def test_attention_weights_are_shares(monkeypatch):
+    trained = make_figures.open_weights(make_figures.BUNDLED_WEIGHTS)
+    times, x_t, x0_hat, maps = make_figures.attention_maps(trained, 3, steps=4)
+    config = trained.model.config
+    assert maps.shape == (4, config.depth, config.num_heads, 16, 16)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
+    assert (len(times), len(x_t), len(x0_hat)) == (4, 4, 4)
+    assert not any(block.attn.qkv._forward_hooks for block in trained.model.blocks)
+
+
+def test_an_unknown_figure_is_refused_in_one_line(tmp_path):
+    result = run_script("assets/make_figures.py", "portrait", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("make_figures.py: error: no figure 'portrait': use denoising, ")
+    assert result.stderr.count("\n") == 1
