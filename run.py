@@ -51,8 +51,10 @@ class Run:
             raise UsageError(f"{new} is there already: go on with it by --resume {new}, or give another --run-dir")
         self.folder, self.state = new, checkpoint.load(resume) if resume else {}
         if resume:
-            if not self.state.keys() >= {"args", "model", "optimizers"}:
-                raise UsageError(f"{resume} holds weights only: resume from the folder of a run, or its checkpoint.pt")
+            missing = {*checkpoint.SHOULD_BE, "args", "model", "optimizers"} - {"interval", *self.state}
+            if missing:
+                fix = "resume from the folder of a run, or its checkpoint.pt"
+                raise UsageError(f"{resume} lacks {', '.join(sorted(missing))}, or holds weights only: {fix}")
             self.folder = resume if resume.is_dir() else resume.parent
         self.step = self.saved_at = self.state.get("step", 0)
         self.signal, self.pending = 0, []
@@ -194,6 +196,24 @@ class Run:
         if WORLD > 1:
             dist.destroy_process_group()
         return 128 + self.signal if stopped else 0
+
+
+def compare(saved: object, own: object, name: str) -> None:
+    """Raises CheckpointError unless a part of a checkpoint has the form of a trainer's own, and finite numbers."""
+    if type(saved) in (list, tuple) and type(own) in (list, tuple):
+        saved, own = dict(enumerate(saved)), dict(enumerate(own))
+    if isinstance(own, Tensor):
+        fits = checkpoint.numbers(saved) and saved.shape == own.shape and bool(saved.isfinite().all())
+    elif isinstance(own, dict):
+        fits = isinstance(saved, dict) and saved.keys() == own.keys()
+    else:
+        fits = type(saved) is type(own)
+    if not fits:
+        message = f"this checkpoint's {name} does not belong to its network and settings"
+        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
+    for part in own if isinstance(own, dict) else ():
+        if part != "param_groups":  # of optimizers; the settings say what is in them
+            compare(saved[part], own[part], f"{name} {part}")
 
 
 def new_folder(name: str) -> Path:

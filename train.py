@@ -27,13 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
+from checkpoint import CheckpointError
 from cli import RANK, WORLD, guidance_settings, pick_device, run_script
 from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
 from dit import DiT, DiTConfig
 from muon import Muon
-from run import Run
+from run import Run, compare
 from sampling import TrainedModel, grid, seeded
-from settings import TIMESTEPS, load_teacher, network, parse_args, settle
+from settings import TIMESTEPS, load_teacher, network, parse_args, read_again, settle
 from shortcut import draw_steps, shortcut_loss
 from speed import compile_blocks, fast_attention, make_deterministic
 
@@ -71,6 +72,7 @@ class Trainer:
     """A network in training, its moving average, and its optimizers.
 
     config: of the network, args: the settings (see settings.py), device: where to train, teacher: what to distill
+    saved:  a checkpoint that `load` will get, if it belongs to all these. Raises CheckpointError where it does not
 
     Everything random in a step (timesteps, noise, hidden labels) is drawn for the whole batch, from the seed and the
     number of the step alone. So a run that is resumed, or shared by several processes, takes the same steps as one that
@@ -78,7 +80,8 @@ class Trainer:
     """
 
     def __init__(
-        self, config: DiTConfig, args: argparse.Namespace, device: torch.device, teacher: TrainedModel | None = None
+        self, config: DiTConfig, args: argparse.Namespace, device: torch.device, teacher: TrainedModel | None = None,
+        saved: dict | None = None,
     ):
         self.config, self.args, self.device, self.teacher = config, args, device, teacher
         self.shape = (config.in_channels, config.image_size, config.image_size)
@@ -92,6 +95,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
         self.optimizers = make_optimizers(self.model, args)
         self.net = self.model  # what the images pass through: the model, perhaps wrapped
+        if saved:
+            self.check(saved)
         networks = [self.model] + ([self.ema, teacher.model] if teacher else [])
         blocks = [block for network in networks for block in network.blocks]
         self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
@@ -176,7 +181,22 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+
+    def check(self, saved: dict) -> None:
+        """Raises CheckpointError unless `saved` has the form of this trainer's own state after as many steps."""
+        if DiTConfig(**saved["config"]) != self.config or saved["diffusion"] != self.diffusion.config:
+            raise CheckpointError("this checkpoint's network is another than its settings say: begin a new run")
+        if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for name, own in self.state().items():
+            compare(saved.get(name), own, name)
+        self.model.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def rehearse(self, steps: int = 1) -> float:
         """The seconds of a step, the median of some on blank images, whose changes to the network are undone."""
@@ -275,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # one process says it for all
     given = parse_args(argv)
     run = Run(given.run_dir, given.resume)
+    if run.state:
+        run.state["args"] = read_again(run.state)
     device = pick_device(given.device or run.state.get("args", {}).get("device"))
     make_deterministic(device)
     teacher = load_teacher(given, run.state, device)
@@ -285,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     config = network(args, data, teacher, choose=not given.model and not run.state)
 
     run.catch_signals()
-    trainer = Trainer(config, args, device, teacher)
+    trainer = Trainer(config, args, device, teacher, run.state)
     seconds = plan(trainer)
     if run.state:
         trainer.load(run.state)
