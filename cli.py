@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "
     """
     name = Path(sys.argv[0]).name
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     try:
         sys.exit(work())
     except (UsageError, checkpoint.CheckpointError, *bad_usage) as error:
@@ -152,13 +154,14 @@ def guidance_settings(words: list[float], timesteps: int) -> dict:
 
 
 def find_checkpoint(sampler: str | None = None) -> Path:
-    """The newest run, else the bundled weights; for the shortcut sampler, those that were distilled.
+    """The newest run that has drawn, else the bundled weights; for the shortcut sampler, those that were distilled.
 
     Raises UsageError where there are none.
     """
     if sampler == "shortcut":
         return DISTILLED_WEIGHTS
     runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs = [path for path in runs if [*path.parent.glob("samples/*")] or not path.with_name("samples").exists()]
     path = runs[-1] if runs else BUNDLED_WEIGHTS
     if not path.is_file():
         raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")

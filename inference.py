@@ -165,10 +165,17 @@ def known_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Ten
     return dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2)).to(device), mask.to(device)
 
 
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write a picture of images (n, C, S, S), row by row."""
+    picture = grid(images, columns)
+    checkpoint.write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
 def save_gif(path: Path, images: Tensor, columns: int, durations: list[int]) -> None:
     """Write an animation of images (frames, n, C, S, S), whose frames last so many milliseconds."""
     frames = [grid(x, columns) for x in images]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    checkpoint.write_whole(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
 def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
@@ -191,7 +198,7 @@ def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
     if args.gif:
         save_gif(path, images[:, None], 1, [60] * len(images))
     else:
-        grid(images, len(share)).save(path)
+        save_grid(path, images, len(share))
     return path
 
 
@@ -215,11 +222,11 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     way = [torch.cat(x_t) for x_t in noisy.values()] + [images]
 
     if args.trajectory:
-        grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
+        save_grid(path, torch.stack(way, dim=1).flatten(0, 1), len(way))
     elif args.gif:
         save_gif(path, torch.stack(way), columns, [80] * len(way[1:]) + [2000])  # with a rest on the result
     else:
-        grid(images, columns).save(path)
+        save_grid(path, images, columns)
     return path
 
 

@@ -1,5 +1,6 @@
 """What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks."""
 
+import logging
 import os
 import time
 import warnings
@@ -45,6 +46,8 @@ def compile_blocks(blocks: list[nn.Module], rehearse: Callable) -> bool:
     """
     for block in blocks:
         block.compile(dynamic=False)
+    # Where there is CUDA's compiler and no GPU, PyTorch would warn that it could not use the one for the other.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         rehearse()
     except torch.OutOfMemoryError:

@@ -47,6 +47,8 @@ def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
     """Take the steps that are left, or as many as there is time for before a signal asks the run to stop."""
     args = trainer.args
     batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
+    if run.is_new:  # so that even a run that is killed in its first steps can go on, and a full disk shows now
+        run.save(trainer.state())
     for step in range(run.step, args.steps):
         try:
             x0, y = next(batches)                                            # (b, C, S, S) in [-1, 1], and (b,)
