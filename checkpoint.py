@@ -17,8 +17,8 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -152,27 +152,36 @@ def check_fit(config: DiTConfig, state: dict) -> None:
         raise ValueError(f"{bad[0]} holds numbers that are not finite")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full or may not be written is an OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save tells of it by a RuntimeError, which it raises while it handles the OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file by write(file). A file that was there stays until the new one is complete and on the disk.
 
-    Raises OSError where the disk is full, or the folder may not be written.
+    Raises OSError.
     """
     partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        # torch.save tells of a full disk by a RuntimeError, which comes while it handles the OSError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            reason = cause.strerror or cause
-            raise OSError(f"cannot write {path} ({reason}): make room there, or write to another place") from error
-        raise
+    with writing(path):
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def save(path: Path, state: dict) -> None:

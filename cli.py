@@ -50,6 +50,8 @@ def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "
         status, message = 2, error
     except (WorkError, OSError, FloatingPointError) as error:  # OSError: a full disk, or no right to write there
         status, message = 1, error
+        if isinstance(error, OSError) and error.filename:
+            message = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
     except (MemoryError, RuntimeError) as error:  # PyTorch has no classes of its own for most of these
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
             status, message = 1, f"there is too little memory: {memory}"
@@ -117,6 +119,8 @@ def output_path(path: Path | None, default: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"the folder {path.parent} may not be written: name another place")
     return path
 
 

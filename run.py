@@ -147,7 +147,8 @@ class Run:
         if bad:
             self.diverged("loss or gradient", bad[0])
         if RANK == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            log = self.folder / "log.jsonl"
+            with checkpoint.writing(log), open(log, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
             for name in ("loss", "gradient_norm", "lr"):
                 self.tensorboard.add_scalar(name, entries[-1][name], self.step)

@@ -42,8 +42,8 @@ FINE = {"data": ["four", ""], "step": [0, 10**7], "guidance": [0, 1.5], "interva
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tiny_network():
-    """DiT-N/4 with some 30,000 parameters, so that hundreds of files are written soon."""
+def _tiny_network(tiny_run):
+    """DiT-N/4 with some 30,000 parameters, so that hundreds of files are written soon. The run of all tests is made before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dit.MODELS, "DiT-N/4", dict(hidden_size=16, depth=2, num_heads=2, patch_size=4))
         yield
