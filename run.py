@@ -60,6 +60,16 @@ class Run:
         self.step = self.saved_at = self.state.get("step", 0)
         self.is_new, self.signal, self.pending = not resume, 0, []
 
+    @property
+    def picture(self) -> Path:
+        return self.folder / "samples" / f"step_{self.step:07d}.png"
+
+    def is_finished(self) -> bool:
+        """Whether a run that is resumed has written its weights after its last step, and not only its checkpoint."""
+        with suppress(checkpoint.CheckpointError):
+            return checkpoint.load(self.folder / "weights.safetensors").get("step") == self.step
+        return False
+
     def join(self, device: torch.device) -> None:
         """Meet the other processes, if torchrun started several."""
         if WORLD > 1:
@@ -101,6 +111,8 @@ class Run:
     def open(self, name: str, settings: dict, description: dict, announcement: str) -> Iterator[None]:
         """Make the folder, or go on in it, and tell the user what will happen there. Inside, steps can be logged.
 
+        What a run that was killed has left half written goes, and what it owes after its last checkpoint will follow.
+
         name: of a new folder, runs/NAME-N; settings: see settings.py; description: see checkpoint.describe
         """
         self.settings, self.description, self.steps, self.state = settings, description, settings["steps"], {}
@@ -109,6 +121,8 @@ class Run:
 
             self.folder = self.folder or new_folder(name)
             (self.folder / "samples").mkdir(parents=True, exist_ok=not self.is_new)  # a run that is new is alone
+            for half in self.folder.rglob("*.partial"):
+                half.unlink()
             # A run that was killed has logged steps after its last checkpoint. They will be taken again.
             log = "".join(json.dumps(entry) + "\n" for entry in read_log(self.folder) if entry["step"] <= self.step)
             checkpoint.write_whole(self.folder / "log.jsonl", lambda file: file.write(log.encode()))
@@ -185,7 +199,7 @@ class Run:
     def draw(self, samples: Callable[[], Image.Image]) -> None:
         """Write a picture of samples, and loss.png."""
         if RANK == 0:
-            self.picture, picture = self.folder / "samples" / f"step_{self.step:07d}.png", samples()
+            picture = samples()
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
             self.clock = time.perf_counter()  # this time does not belong to the speed of training

@@ -180,8 +180,6 @@ def settle(
             args.guidance = [1.0]
     if guidance_settings(args.guidance, TIMESTEPS)["guidance"] < 0:
         raise UsageError(f"--guidance is {args.guidance[0]}: use 0 to {checkpoint.MOST_GUIDANCE}")
-    if state and state["step"] >= args.steps:
-        raise UsageError(f"{given.resume} is at step {state['step']} already: ask for more with --steps")
     if args.batch_size % (WORLD * args.accumulate):
         parts = f"{WORLD} processes x {args.accumulate}" if WORLD > 1 else f"--accumulate {args.accumulate}"
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import dataset
 from checkpoint import CheckpointError
-from cli import RANK, WORLD, guidance_settings, pick_device, run_script
+from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_script
 from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
 from dit import DiT, DiTConfig
 from muon import Muon
@@ -47,8 +47,11 @@ def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
     """Take the steps that are left, or as many as there is time for before a signal asks the run to stop."""
     args = trainer.args
     batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
+    milestone = run.step == args.steps or run.step % args.save_every == 0
     if run.is_new:  # so that even a run that is killed in its first steps can go on, and a full disk shows now
         run.save(trainer.state())
+    elif run.step and milestone and RANK == 0 and not run.picture.exists():  # killed while it drew
+        run.draw(trainer.samples)
     for step in range(run.step, args.steps):
         try:
             x0, y = next(batches)                                            # (b, C, S, S) in [-1, 1], and (b,)
@@ -303,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     make_deterministic(device)
     teacher = load_teacher(given, run.state, device)
     args = settle(given, device, run.state, teacher and teacher.description)
+    if run.state and (run.step > args.steps or run.step == args.steps and run.is_finished()):
+        raise UsageError(f"{given.resume} is at step {run.step} already: ask for more with --steps")
     run.join(device)
     data = run.load_data(args.dataset, args.data_dir, teacher.model.config.image_size if teacher else args.image_size)
     args.dataset = args.dataset or data.name

@@ -11,18 +11,11 @@ from test_train import assert_equal_states
 
 import checkpoint
 import cli
-import dit
 import evaluate
 import inference
 import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_network(tiny_run):
-    """DiT-N/4 with some 30,000 parameters: a checkpoint of 300 kB. The run of all tests, tiny_run, is made before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dit.MODELS, "DiT-N/4", dict(hidden_size=16, depth=2, num_heads=2, patch_size=4))
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_network")
 
 
 @contextmanager
