@@ -56,7 +56,8 @@ def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
             status, message = 1, f"there is too little memory: {memory}"
         elif WORLD > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            status, message = 1, f"process {RANK} of {WORLD} stops, since another is gone ({str(error)[-80:]})"
+            gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
+            status, message = 1, f"{gone} ({str(error)[:100]})"
         else:
             raise
     except KeyboardInterrupt:

@@ -106,7 +106,9 @@ class Trainer:
         blocks = [block for network in networks for block in network.blocks]
         self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
-            self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
+            # Its warning is of the strides of axes of length 1, which have no meaning.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            self.net = DistributedDataParallel(self.model, forward_sync_buffers=False)
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.

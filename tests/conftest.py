@@ -16,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 TINY = "--image-size 8 --model DiT-N/4 --batch-size 8 --warmup 2 --no-compile --device cpu".split()
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how often test_kills.py kills a run (default: 12)")
+
+
 def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
     """Run one of our scripts as a user would, from the folder `cwd`."""
     command = [sys.executable, *python, *(str(ROOT / a) if str(a).endswith(".py") else str(a) for a in arguments)]
