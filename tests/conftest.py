@@ -18,6 +18,7 @@ TINY = "--image-size 8 --model DiT-N/4 --batch-size 8 --warmup 2 --no-compile --
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=12, help="how often test_kills.py kills a run (default: 12)")
+    parser.addoption("--soak", type=float, default=0.2, help="minutes of training in test_soak.py (default: 0.2)")
 
 
 def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
