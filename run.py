@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import dataset
 from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError, WorkError
+from dit import DiTConfig
 
 LOG_EVERY = 10  # steps between two looks at the loss, because each look waits for the GPU
 
@@ -186,10 +187,10 @@ class Run:
     def save(self, state: dict) -> None:
         """Write checkpoint.pt: the state of training after the steps done, and what describes the run.
 
-        Raises WorkError where the averaged weights are not finite; then the last checkpoint stays.
+        Raises WorkError where weights are not finite; then the last checkpoint stays.
         """
         self.write_log()
-        if not all(value.isfinite().all() for value in state["ema"].values()):
+        if not all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values()):
             self.diverged("weights", self.step)
         if RANK == 0:
             description = {**self.description, "step": self.step, "args": self.settings}
@@ -217,6 +218,23 @@ class Run:
         if WORLD > 1:
             dist.destroy_process_group()
         return 128 + self.signal if stopped else 0
+
+
+def check_belongs(saved: dict, trainer: object) -> None:
+    """Raises CheckpointError unless a checkpoint has the form of a train.Trainer's own state after as many steps."""
+    if DiTConfig(**saved["config"]) != trainer.config or saved["diffusion"] != trainer.diffusion.config:
+        message = "the network of this checkpoint is another than its settings say"
+        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
+    if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
+        for p in trainer.model.parameters():
+            p.grad = torch.zeros_like(p)
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+    for name, own in trainer.state().items():
+        compare(saved.get(name), own, name)
+    trainer.model.zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
 
 
 def compare(saved: object, own: object, name: str) -> None:

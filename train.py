@@ -27,12 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from checkpoint import CheckpointError
 from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_script
 from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
 from dit import DiT, DiTConfig
 from muon import Muon
-from run import Run, compare
+from run import Run, check_belongs
 from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, load_teacher, network, parse_args, read_again, settle
 from shortcut import draw_steps, shortcut_loss
@@ -101,7 +100,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, args)
         self.net = self.model  # what the images pass through: the model, perhaps wrapped
         if saved:
-            self.check(saved)
+            check_belongs(saved, self)
         networks = [self.model] + ([self.ema, teacher.model] if teacher else [])
         blocks = [block for network in networks for block in network.blocks]
         self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
@@ -189,21 +188,6 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
-
-    def check(self, saved: dict) -> None:
-        """Raises CheckpointError unless `saved` has the form of this trainer's own state after as many steps."""
-        if DiTConfig(**saved["config"]) != self.config or saved["diffusion"] != self.diffusion.config:
-            raise CheckpointError("this checkpoint's network is another than its settings say: begin a new run")
-        if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p)
-            for optimizer in self.optimizers:
-                optimizer.step()
-        for name, own in self.state().items():
-            compare(saved.get(name), own, name)
-        self.model.zero_grad()
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
 
     def rehearse(self, steps: int = 1) -> float:
         """The seconds of a step, the median of some on blank images, whose changes to the network are undone."""
