@@ -2,9 +2,9 @@
 
 import argparse
 import itertools
-import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,22 +38,33 @@ def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
     The status is 2 for bad usage: UsageError, CheckpointError and the exceptions given. It is 1 for work that cannot go
-    on, and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback. memory: the fix where the
-    GPU's memory is too small.
+    on, and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback. memory: the fix where
+    there is too little of it.
     """
     name = Path(sys.argv[0]).name
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     try:
         sys.exit(work())
     except (UsageError, checkpoint.CheckpointError, *bad_usage) as error:
         status, message = 2, error
-    except torch.OutOfMemoryError:
-        status, message = 1, f"the GPU's memory is too small: {memory}"
-    except (WorkError, OSError) as error:  # OSError: a full disk, or a folder in which one may not write
+    except (WorkError, OSError, FloatingPointError) as error:  # OSError: a full disk, or no right to write there
         status, message = 1, error
+        if isinstance(error, OSError) and error.filename:
+            message = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no classes of its own for most of these
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
+            status, message = 1, f"there is too little memory: {memory}"
+        elif WORLD > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
+            status, message = 1, f"{gone} ({str(error)[:100]})"
+        else:
+            raise
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{name}: error: {message}", file=sys.stderr)
+    # Names of files and classes may hold anything. What is printed is one line, and commands no terminal.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    print(f"{name}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -64,13 +75,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = checkpoint.MOST_STEPS) -> Callable[[str], float]:
     """An argparse type: a number of this kind from low to high."""
     def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
-            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"is {text}: use {limits}")
-        return kind(text)
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"{low} or more" if value < low and high == checkpoint.MOST_STEPS else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"is {text[:40]}: use {limits}")
+        return value
 
     parse.__name__ = kind.__name__  # argparse shows it for a text that is no number at all
     return parse
@@ -108,6 +120,8 @@ def output_path(path: Path | None, default: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"the folder {path.parent} may not be written: name another place")
     return path
 
 
@@ -134,23 +148,25 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def guidance_settings(words: list[float], timesteps: int) -> dict:
     """`--guidance W` or `--guidance W LOW HIGH` as arguments of sampling.sample. Raises UsageError."""
     weight, *interval = words
-    if not math.isfinite(weight):
-        raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
     inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
     if interval and not (inside and all(t == int(t) for t in interval)):
         whole = "W alone, or W LOW HIGH with whole numbers"
         raise UsageError(f"--guidance takes {whole}, 0 <= LOW <= HIGH <= {timesteps - 1}")
+    if not abs(weight) <= checkpoint.MOST_GUIDANCE:
+        most = checkpoint.MOST_GUIDANCE
+        raise UsageError(f"a guidance weight must be a finite number, {-most} to {most}: 1.5 is usual here")
     return dict(guidance=weight, interval=[int(t) for t in interval] or None)
 
 
 def find_checkpoint(sampler: str | None = None) -> Path:
-    """The newest run, else the bundled weights; for the shortcut sampler, those that were distilled.
+    """The newest run that has drawn, else the bundled weights; for the shortcut sampler, those that were distilled.
 
     Raises UsageError where there are none.
     """
     if sampler == "shortcut":
         return DISTILLED_WEIGHTS
     runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs = [path for path in runs if [*path.parent.glob("samples/*")] or not path.with_name("samples").exists()]
     path = runs[-1] if runs else BUNDLED_WEIGHTS
     if not path.is_file():
         raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")

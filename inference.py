@@ -43,15 +43,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mode = what.add_mutually_exclusive_group()
     mode.add_argument("--trajectory", action="store_true", help="a row for each label, from noise to image")
     mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
-    mode.add_argument("--compare-guidance", type=float, nargs="+", metavar="W", help="a row for each weight")
+    weight = number(float, -checkpoint.MOST_GUIDANCE, checkpoint.MOST_GUIDANCE)
+    mode.add_argument("--compare-guidance", type=weight, nargs="+", metavar="W", help="a row for each weight")
     mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
     what.add_argument("--interpolate", nargs="+", metavar="L", help="a row for each way from a label to the next; with "
                       "--gif an animation")
     what.add_argument("--inpaint", nargs=2, metavar=("HALF", "IMAGE"), help="keep a half of this image file, left, "
                       "right, top or bottom, and draw the other as --labels say")
     what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row for each (default: 0-9)")
-    what.add_argument("--per-class", type=number(int, 1), help="images a label; 1 puts all in one row (default: 10)")
-    what.add_argument("--count", type=number(int, 1), help="images in the --npz file (default: 10000)")
+    what.add_argument("--per-class", type=number(int, 1, 10_000), help="images a label; 1 puts all in one row "
+                      "(default: 10)")
+    what.add_argument("--count", type=number(int, 1, 10_000_000), help="images in the --npz file (default: 10000)")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -66,8 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError("--count goes with --npz: use --per-class")
     if (args.trajectory or args.compare_guidance) and args.per_class:
         raise UsageError("--trajectory and --compare-guidance draw one image a label: leave --per-class out")
-    if not all(map(math.isfinite, args.compare_guidance or ())):
-        raise UsageError("a guidance weight must be a finite number: 1.5 is usual here")
     if args.compare_guidance:  # each row has its own weight, which acts throughout or at the LOW HIGH of --guidance
         args.guidance = args.guidance or [1.0]
     return args
@@ -165,10 +165,17 @@ def known_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Ten
     return dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2)).to(device), mask.to(device)
 
 
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write a picture of images (n, C, S, S), row by row."""
+    picture = grid(images, columns)
+    checkpoint.write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
 def save_gif(path: Path, images: Tensor, columns: int, durations: list[int]) -> None:
     """Write an animation of images (frames, n, C, S, S), whose frames last so many milliseconds."""
     frames = [grid(x, columns) for x in images]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    checkpoint.write_whole(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
 def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
@@ -191,7 +198,7 @@ def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
     if args.gif:
         save_gif(path, images[:, None], 1, [60] * len(images))
     else:
-        grid(images, len(share)).save(path)
+        save_grid(path, images, len(share))
     return path
 
 
@@ -215,11 +222,11 @@ def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
     way = [torch.cat(x_t) for x_t in noisy.values()] + [images]
 
     if args.trajectory:
-        grid(torch.stack(way, dim=1).flatten(0, 1), len(way)).save(path)
+        save_grid(path, torch.stack(way, dim=1).flatten(0, 1), len(way))
     elif args.gif:
         save_gif(path, torch.stack(way), columns, [80] * len(way[1:]) + [2000])  # with a rest on the result
     else:
-        grid(images, columns).save(path)
+        save_grid(path, images, columns)
     return path
 
 

@@ -23,6 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import dataset
 import judge
 from diffusion import Diffusion
@@ -158,7 +159,8 @@ def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> 
         table["distance to the nearest training image, median"][who] = distance.median().item()
         table["near-duplicates"][who] = int((distance < 0.5 * usual).sum())
     closest = (distance / usual).argsort()[:10]
-    grid(dataset.to_float(torch.cat([images[closest], train[index[closest]]])), columns=10).save(picture)
+    pairs = grid(dataset.to_float(torch.cat([images[closest], train[index[closest]]])), columns=10)
+    checkpoint.write_whole(picture, lambda file: pairs.save(file, "PNG"))
     return table
 
 

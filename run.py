@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import dataset
 from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError, WorkError
+from dit import DiTConfig
 
 LOG_EVERY = 10  # steps between two looks at the loss, because each look waits for the GPU
 
@@ -51,11 +53,23 @@ class Run:
             raise UsageError(f"{new} is there already: go on with it by --resume {new}, or give another --run-dir")
         self.folder, self.state = new, checkpoint.load(resume) if resume else {}
         if resume:
-            if not self.state.keys() >= {"args", "model", "optimizers"}:
-                raise UsageError(f"{resume} holds weights only: resume from the folder of a run, or its checkpoint.pt")
+            missing = {*checkpoint.SHOULD_BE, "args", "model", "optimizers"} - {"interval", *self.state}
+            if missing:
+                fix = "resume from the folder of a run, or its checkpoint.pt"
+                raise UsageError(f"{resume} lacks {', '.join(sorted(missing))}, or holds weights only: {fix}")
             self.folder = resume if resume.is_dir() else resume.parent
         self.step = self.saved_at = self.state.get("step", 0)
-        self.signal, self.pending = 0, []
+        self.is_new, self.signal, self.pending = not resume, 0, []
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / "samples" / f"step_{self.step:07d}.png"
+
+    def is_finished(self) -> bool:
+        """Whether a run that is resumed has written its weights after its last step, and not only its checkpoint."""
+        with suppress(checkpoint.CheckpointError):
+            return checkpoint.load(self.folder / "weights.safetensors").get("step") == self.step
+        return False
 
     def join(self, device: torch.device) -> None:
         """Meet the other processes, if torchrun started several."""
@@ -98,6 +112,8 @@ class Run:
     def open(self, name: str, settings: dict, description: dict, announcement: str) -> Iterator[None]:
         """Make the folder, or go on in it, and tell the user what will happen there. Inside, steps can be logged.
 
+        What a run that was killed has left half written goes, and what it owes after its last checkpoint will follow.
+
         name: of a new folder, runs/NAME-N; settings: see settings.py; description: see checkpoint.describe
         """
         self.settings, self.description, self.steps, self.state = settings, description, settings["steps"], {}
@@ -105,11 +121,12 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.folder = self.folder or new_folder(name)
-            (self.folder / "samples").mkdir(parents=True, exist_ok=self.step > 0)  # a run that is new is alone
+            (self.folder / "samples").mkdir(parents=True, exist_ok=not self.is_new)  # a run that is new is alone
+            for half in self.folder.rglob("*.partial"):
+                half.unlink()
             # A run that was killed has logged steps after its last checkpoint. They will be taken again.
-            log = self.folder / "log.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            log.write_text("".join(line + "\n" for line in lines[: self.step]))
+            log = "".join(json.dumps(entry) + "\n" for entry in read_log(self.folder) if entry["step"] <= self.step)
+            checkpoint.write_whole(self.folder / "log.jsonl", lambda file: file.write(log.encode()))
             self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
             print(f"{self.folder}: {announcement}", flush=True)
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
@@ -143,19 +160,21 @@ class Run:
         entries = [dict(step=n, loss=x, gradient_norm=g, lr=lr) for n, (x, g, lr) in enumerate(columns, first)]
         bad = [entry["step"] for entry in entries if not math.isfinite(entry["loss"] + entry["gradient_norm"])]
         if bad:
-            good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
-            raise WorkError(
-                f"loss or gradient not finite at step {bad[0]}; {good if self.saved_at else 'no checkpoint yet'}: "
-                "begin a new run with a lower --lr"
-            )
+            self.diverged("loss or gradient", bad[0])
         if RANK == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            log = self.folder / "log.jsonl"
+            with checkpoint.writing(log), open(log, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
             for name in ("loss", "gradient_norm", "lr"):
                 self.tensorboard.add_scalar(name, entries[-1][name], self.step)
         rate = self.settings["batch_size"] * len(entries) / (time.perf_counter() - self.clock)
         self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} img/s")
         self.pending, self.clock = [], time.perf_counter()
+
+    def diverged(self, what: str, step: int) -> NoReturn:
+        good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
+        good = good if self.saved_at else "no checkpoint yet"
+        raise WorkError(f"{what} not finite at step {step}; {good}: begin a new run with a lower --lr")
 
     def should_stop(self) -> bool:
         """Whether a signal asked any of the processes to stop. All of them get the same answer."""
@@ -166,8 +185,13 @@ class Run:
         return self.signal > 0
 
     def save(self, state: dict) -> None:
-        """Write checkpoint.pt: the state of training after the steps done, and what describes the run."""
+        """Write checkpoint.pt: the state of training after the steps done, and what describes the run.
+
+        Raises WorkError where weights are not finite; then the last checkpoint stays.
+        """
         self.write_log()
+        if not all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values()):
+            self.diverged("weights", self.step)
         if RANK == 0:
             description = {**self.description, "step": self.step, "args": self.settings}
             checkpoint.save(self.folder / "checkpoint.pt", {**description, **state})
@@ -176,8 +200,8 @@ class Run:
     def draw(self, samples: Callable[[], Image.Image]) -> None:
         """Write a picture of samples, and loss.png."""
         if RANK == 0:
-            self.picture = self.folder / "samples" / f"step_{self.step:07d}.png"
-            samples().save(self.picture)
+            picture = samples()
+            checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
             self.clock = time.perf_counter()  # this time does not belong to the speed of training
 
@@ -196,6 +220,41 @@ class Run:
         return 128 + self.signal if stopped else 0
 
 
+def check_belongs(saved: dict, trainer: object) -> None:
+    """Raises CheckpointError unless a checkpoint has the form of a train.Trainer's own state after as many steps."""
+    if DiTConfig(**saved["config"]) != trainer.config or saved["diffusion"] != trainer.diffusion.config:
+        message = "the network of this checkpoint is another than its settings say"
+        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
+    if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
+        for p in trainer.model.parameters():
+            p.grad = torch.zeros_like(p)
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+    for name, own in trainer.state().items():
+        compare(saved.get(name), own, name)
+    trainer.model.zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+
+
+def compare(saved: object, own: object, name: str) -> None:
+    """Raises CheckpointError unless a part of a checkpoint has the form of a trainer's own, and finite numbers."""
+    if type(saved) in (list, tuple) and type(own) in (list, tuple):
+        saved, own = dict(enumerate(saved)), dict(enumerate(own))
+    if isinstance(own, Tensor):
+        fits = checkpoint.numbers(saved) and saved.shape == own.shape and bool(saved.isfinite().all())
+    elif isinstance(own, dict):
+        fits = isinstance(saved, dict) and saved.keys() == own.keys()
+    else:
+        fits = type(saved) is type(own)
+    if not fits:
+        message = f"this checkpoint's {name} does not belong to its network and settings"
+        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
+    for part in own if isinstance(own, dict) else ():
+        if part != "param_groups":  # of optimizers; the settings say what is in them
+            compare(saved[part], own[part], f"{name} {part}")
+
+
 def new_folder(name: str) -> Path:
     """Make the next free runs/NAME-N."""
     for number in itertools.count(1):
@@ -205,17 +264,28 @@ def new_folder(name: str) -> Path:
             return folder
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The entries of log.jsonl. Lines that a crash or a full disk left incomplete are passed over."""
+    log, entries = folder / "log.jsonl", {}
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            entries[int(entry["step"])] = {**entry, "loss": float(entry["loss"])}
+    return [entry for _, entry in sorted(entries.items())]
+
+
 def plot_loss(folder: Path) -> None:
     """Draw loss.png from log.jsonl."""
     from matplotlib.figure import Figure
 
-    losses = torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    entries = read_log(folder)
+    losses, steps = torch.tensor([entry["loss"] for entry in entries]), [entry["step"] for entry in entries]
     window = min(len(losses), 100)
     axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
         xlabel="step", ylabel="loss", yscale="log", title=folder.name
     )
-    axes.plot(range(1, len(losses) + 1), losses, alpha=0.3, linewidth=0.5, label="each batch")
-    axes.plot(range(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), label=f"mean of {window}")
+    axes.plot(steps, losses, alpha=0.3, linewidth=0.5, label="each batch")
+    axes.plot(steps[window - 1 :], losses.unfold(0, window, 1).mean(1), label=f"mean of {window}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    axes.figure.savefig(folder / "loss.png", dpi=120)
+    checkpoint.write_whole(folder / "loss.png", lambda file: axes.figure.savefig(file, dpi=120))

@@ -95,7 +95,10 @@ def sample(
     x = noise() if start is None else start.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with autocast, fast_attention(device, precision):
-        return SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
+        images = SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
+    if not images.isfinite().all():
+        raise FloatingPointError("the network draws what is no number: lower --guidance, or use other weights")
+    return images
 
 
 class TrainedModel:

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import dataset
+from checkpoint import CheckpointError
 from cli import BUNDLED_WEIGHTS, WORLD, Parser, UsageError, guidance_settings, number
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS
 from dit import MODELS, DiTConfig
@@ -40,7 +41,7 @@ FLAGS = {
         ),
         data_dir=("data", "where data sets are, or are downloaded to", {}),
         image_size=(None, f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)",
-                    dict(type=number(int, 1))),
+                    dict(type=number(int, 1, 4096))),
     ),
     "network": dict(
         model=(None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", dict(choices=MODELS, metavar="NAME")),
@@ -55,7 +56,9 @@ FLAGS = {
         schedule=("flow", "how the noise grows with the timestep", dict(choices=SCHEDULES)),
         prediction=("x0", "what the network predicts", dict(choices=PREDICTIONS)),
         timestep_distribution=("logit-normal", "which timesteps it sees", dict(choices=TIMESTEP_DISTRIBUTIONS)),
-        min_snr=(None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9))),
+        min_snr=(
+            None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9, 1e9))
+        ),
         label_dropout=(0.1, "share of the labels that is hidden, for guidance", dict(type=number(float, 0, 1))),
         guidance=(
             None, "weight to draw samples with; with LOW HIGH, at these timesteps only (default: 2 at 300 to 800 for "
@@ -64,11 +67,11 @@ FLAGS = {
     ),
     "optimization": dict(
         steps=(None, "how many, in all", dict(type=number(int, 1))),
-        minutes=(None, "as many steps as fit in this time, in place of --steps", dict(type=number(float, 0.01))),
+        minutes=(None, "as many steps as fit in this time, in place of --steps", dict(type=number(float, 0.01, 1e6))),
         batch_size=(None, "images a step, over all processes", dict(type=number(int, 1))),
         accumulate=(1, "parts that a batch is cut into, to save memory", dict(type=number(int, 1))),
         optimizer=("muon", "muon is for the matrices of the blocks, beside adamw", dict(choices=["adamw", "muon"])),
-        lr=(None, "highest learning rate", dict(type=number(float, 0))),
+        lr=(None, "highest learning rate", dict(type=number(float, 0, 100))),
         warmup=(100, "steps of linear rise before that", dict(type=number(int, 0))),
         lr_schedule=("cosine", "what follows after that", dict(choices=["cosine", "constant"])),
         ema=(0.999, "decay of the averaged weights, which draw the samples", dict(type=number(float, 0, 1))),
@@ -104,6 +107,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help = help if shown is None else f"{help} (default: {shown})"
             group.add_argument("--" + name.replace("_", "-"), help=help, **options, default=None)
     return parser.parse_args(argv)
+
+
+def flag(name: str, value: object) -> list[str]:
+    """The words of a command line that give a setting this value. Raises TypeError for what no words can give."""
+    dashed = name.replace("_", "-")
+    match value:
+        case None:
+            return []
+        case bool():
+            return [f"--{dashed}" if value else f"--no-{dashed}"]
+        case str() | int() | float():
+            return [f"--{dashed}={value}"]
+        case list():
+            return [f"--{dashed}", *(str(float(number)) for number in value)]
+    raise TypeError(f"--{dashed} is a {type(value).__name__}")
+
+
+def read_again(state: dict) -> dict:
+    """The settings in a checkpoint, each read once more as if it stood on a command line. Raises CheckpointError."""
+    try:
+        saved = {name: value for name, value in state["args"].items() if name in {*DEFAULTS, *FORMER}}
+        former = {name: float(saved.pop(name)) for name in FORMER.keys() & saved.keys()}
+        given = vars(parse_args([word for name, value in saved.items() for word in flag(name, value)]))
+        if not given["steps"] or bool(given["distill"]) != ("teacher" in state):
+            raise ValueError("--steps or --distill is missing")
+    except (AttributeError, TypeError, ValueError, OverflowError, UsageError) as error:
+        message = f"the settings in this checkpoint are not as train.py wrote them ({str(error)[:200]})"
+        raise CheckpointError(f"{message}: use another checkpoint, or begin a new run") from error
+    return {name: given[name] for name in saved} | former
 
 
 def settle(
@@ -146,10 +178,8 @@ def settle(
         args.guidance = [2.0, 300, 800] if args.schedule == "flow" else [DEFAULT_GUIDANCE]
         if not args.label_dropout:  # then no unconditional prediction is learned, from which one could move away
             args.guidance = [1.0]
-    if not 0 <= guidance_settings(args.guidance, TIMESTEPS)["guidance"] <= 100:
-        raise UsageError(f"--guidance is {args.guidance[0]}: use 0 to 100")
-    if state and state["step"] >= args.steps:
-        raise UsageError(f"{given.resume} is at step {state['step']} already: ask for more with --steps")
+    if guidance_settings(args.guidance, TIMESTEPS)["guidance"] < 0:
+        raise UsageError(f"--guidance is {args.guidance[0]}: use 0 to {checkpoint.MOST_GUIDANCE}")
     if args.batch_size % (WORLD * args.accumulate):
         parts = f"{WORLD} processes x {args.accumulate}" if WORLD > 1 else f"--accumulate {args.accumulate}"
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {parts}: use one that is")

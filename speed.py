@@ -1,5 +1,6 @@
 """What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks."""
 
+import logging
 import os
 import time
 import warnings
@@ -45,11 +46,13 @@ def compile_blocks(blocks: list[nn.Module], rehearse: Callable) -> bool:
     """
     for block in blocks:
         block.compile(dynamic=False)
+    # Where there is CUDA's compiler and no GPU, PyTorch would warn that it could not use the one for the other.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         rehearse()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # no compiler, no Triton, too old a GPU: training works without compiling
+        if "out of memory" in str(error) or "allocate memory" in str(error):  # a batch that is too large without, too
+            raise
         for block in blocks:
             block._compiled_call_impl = None
         reason = str(error).strip().splitlines()[0][:100]

@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from cli import RANK, WORLD, guidance_settings, pick_device, run_script
+from cli import RANK, WORLD, UsageError, guidance_settings, pick_device, run_script
 from diffusion import Diffusion, draw_timesteps, drop_labels, guide, training_loss
 from dit import DiT, DiTConfig
 from muon import Muon
-from run import Run
+from run import Run, check_belongs
 from sampling import TrainedModel, grid, seeded
-from settings import TIMESTEPS, load_teacher, network, parse_args, settle
+from settings import TIMESTEPS, load_teacher, network, parse_args, read_again, settle
 from shortcut import draw_steps, shortcut_loss
 from speed import compile_blocks, fast_attention, make_deterministic
 
@@ -46,6 +46,11 @@ def train(trainer: "Trainer", run: Run, data: dataset.Images) -> None:
     """Take the steps that are left, or as many as there is time for before a signal asks the run to stop."""
     args = trainer.args
     batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
+    milestone = run.step == args.steps or run.step % args.save_every == 0
+    if run.is_new:  # so that even a run that is killed in its first steps can go on, and a full disk shows now
+        run.save(trainer.state())
+    elif run.step and milestone and RANK == 0 and not run.picture.exists():  # killed while it drew
+        run.draw(trainer.samples)
     for step in range(run.step, args.steps):
         try:
             x0, y = next(batches)                                            # (b, C, S, S) in [-1, 1], and (b,)
@@ -71,6 +76,7 @@ class Trainer:
     """A network in training, its moving average, and its optimizers.
 
     config: of the network, args: the settings (see settings.py), device: where to train, teacher: what to distill
+    saved:  a checkpoint that `load` will get, if it belongs to all these. Raises CheckpointError where it does not
 
     Everything random in a step (timesteps, noise, hidden labels) is drawn for the whole batch, from the seed and the
     number of the step alone. So a run that is resumed, or shared by several processes, takes the same steps as one that
@@ -78,7 +84,8 @@ class Trainer:
     """
 
     def __init__(
-        self, config: DiTConfig, args: argparse.Namespace, device: torch.device, teacher: TrainedModel | None = None
+        self, config: DiTConfig, args: argparse.Namespace, device: torch.device, teacher: TrainedModel | None = None,
+        saved: dict | None = None,
     ):
         self.config, self.args, self.device, self.teacher = config, args, device, teacher
         self.shape = (config.in_channels, config.image_size, config.image_size)
@@ -92,11 +99,15 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
         self.optimizers = make_optimizers(self.model, args)
         self.net = self.model  # what the images pass through: the model, perhaps wrapped
+        if saved:
+            check_belongs(saved, self)
         networks = [self.model] + ([self.ema, teacher.model] if teacher else [])
         blocks = [block for network in networks for block in network.blocks]
         self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
-            self.net = DistributedDataParallel(self.model, broadcast_buffers=False)
+            # Its warning is of the strides of axes of length 1, which have no meaning.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            self.net = DistributedDataParallel(self.model, forward_sync_buffers=False)
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
@@ -176,7 +187,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
     def rehearse(self, steps: int = 1) -> float:
         """The seconds of a step, the median of some on blank images, whose changes to the network are undone."""
@@ -275,17 +286,21 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # one process says it for all
     given = parse_args(argv)
     run = Run(given.run_dir, given.resume)
+    if run.state:
+        run.state["args"] = read_again(run.state)
     device = pick_device(given.device or run.state.get("args", {}).get("device"))
     make_deterministic(device)
     teacher = load_teacher(given, run.state, device)
     args = settle(given, device, run.state, teacher and teacher.description)
+    if run.state and (run.step > args.steps or run.step == args.steps and run.is_finished()):
+        raise UsageError(f"{given.resume} is at step {run.step} already: ask for more with --steps")
     run.join(device)
     data = run.load_data(args.dataset, args.data_dir, teacher.model.config.image_size if teacher else args.image_size)
     args.dataset = args.dataset or data.name
     config = network(args, data, teacher, choose=not given.model and not run.state)
 
     run.catch_signals()
-    trainer = Trainer(config, args, device, teacher)
+    trainer = Trainer(config, args, device, teacher, run.state)
     seconds = plan(trainer)
     if run.state:
         trainer.load(run.state)

@@ -9,10 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+import dit
 import train
 
 ROOT = Path(__file__).parent.parent
 TINY = "--image-size 8 --model DiT-N/4 --batch-size 8 --warmup 2 --no-compile --device cpu".split()
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how often test_kills.py kills a run (default: 12)")
+    parser.addoption("--soak", type=float, default=0.2, help="minutes of training in test_soak.py (default: 0.2)")
 
 
 def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
@@ -49,3 +55,14 @@ def tiny_run(images, tmp_path_factory) -> Path:
     arguments = ["--dataset", str(images), *TINY, "--steps", "20", "--save-every", "10", "--run-dir", str(folder)]
     assert train.main(arguments) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_network(tiny_run):
+    """DiT-N/4 with some 30,000 parameters, so that hundreds of checkpoints are written soon.
+
+    The run of all tests is made before, with the network that the name stands for.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.MODELS, "DiT-N/4", dict(hidden_size=16, depth=2, num_heads=2, patch_size=4))
+        yield
