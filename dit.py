@@ -84,15 +84,15 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     """Cut images (B, C, H, W) into patches (B, N, P*P*C), row by row. A patch lists its pixels row by row as well."""
     B, C, H, W = x.shape
     x = x.view(B, C, H // patch, patch, W // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify`, for square images: (B, N, P*P*C) -> (B, C, H, W)."""
-    B, N, _ = x.shape
-    side = math.isqrt(N)
-    x = x.view(B, side, side, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * patch, side * patch)
+    B, N, values = x.shape
+    side, C = math.isqrt(N), values // patch**2
+    x = x.view(B, side, side, patch, patch, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, side * patch, side * patch)
 
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:

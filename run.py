@@ -226,14 +226,14 @@ def check_belongs(saved: dict, trainer: object) -> None:
         message = "the network of this checkpoint is another than its settings say"
         raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
     if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
-        for p in trainer.model.parameters():
+        for p in (p for network in trainer.learners for p in network.parameters()):
             p.grad = torch.zeros_like(p)
         for optimizer in trainer.optimizers:
             optimizer.step()
     for name, own in trainer.state().items():
         compare(saved.get(name), own, name)
-    trainer.model.zero_grad()
     for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
         optimizer.state.clear()
 
 

@@ -27,7 +27,7 @@ PRESETS = {
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
 # What --distill changes of these, and what the student has from its teacher and cannot be set.
-DISTILLATION = dict(steps=4500, minutes=None, batch_size=128, lr=2e-3, ema=0.998, label_dropout=0.0)
+DISTILLATION = dict(steps=6000, minutes=None, batch_size=160, lr=2e-3, ema=0.998, label_dropout=0.0)
 INHERITED = {
     "model", "learn_sigma", "schedule", "prediction", "timestep_distribution", "min_snr", "label_dropout", "image_size",
 }
@@ -191,6 +191,8 @@ def load_teacher(args: argparse.Namespace, state: dict, device: torch.device) ->
     """The network that --distill names, or that the run to go on with had. Raises UsageError, CheckpointError."""
     if not (args.distill or "teacher" in state):
         return None
+    if state and "fake" not in state:
+        raise UsageError("an earlier version distilled this: begin a new run")
     teacher = TrainedModel(*checkpoint.build(state.get("teacher") or checkpoint.load(args.distill), device))
     if teacher.model.config.shortcut:
         raise UsageError(f"{args.distill} is distilled already: give the checkpoint that it learned from")

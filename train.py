@@ -16,7 +16,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from muon import Muon
 from run import Run, check_belongs
 from sampling import TrainedModel, grid, seeded
 from settings import TIMESTEPS, load_teacher, network, parse_args, read_again, settle
-from shortcut import draw_steps, shortcut_loss
+from shortcut import HOLD, MATCHED, MATCHING, draw_steps, matching_loss, shortcut_loss
 from speed import compile_blocks, fast_attention, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
@@ -97,17 +98,20 @@ class Trainer:
         if teacher:  # the student begins as a copy
             self.model.load_state_dict(teacher.model.state_dict(), strict=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)  # the average, which will draw the samples
-        self.optimizers = make_optimizers(self.model, args)
-        self.net = self.model  # what the images pass through: the model, perhaps wrapped
+        self.learners = [self.model]
+        if teacher:  # a second network learns from what the student draws, see shortcut.matching_loss
+            self.learners.append(copy.deepcopy(teacher.model).requires_grad_(True))
+        self.optimizers = [optimizer for network in self.learners for optimizer in make_optimizers(network, args)]
+        self.nets = self.learners  # what the images pass through: the networks, perhaps wrapped
         if saved:
             check_belongs(saved, self)
-        networks = [self.model] + ([self.ema, teacher.model] if teacher else [])
+        networks = self.learners + ([self.ema, teacher.model] if teacher else [])
         blocks = [block for network in networks for block in network.blocks]
         self.compiled = args.compile and compile_blocks(blocks, self.rehearse)
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
             # Its warning is of the strides of axes of length 1, which have no meaning.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            self.net = DistributedDataParallel(self.model, forward_sync_buffers=False)
+            self.nets = [DistributedDataParallel(network, forward_sync_buffers=False) for network in self.learners]
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
@@ -116,14 +120,14 @@ class Trainer:
         x0, y:  this process's share of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
         """
         args = self.args
-        t, u, eps = self.randomness(number)                                  # (b,) or (b, 2), (b,), (b, C, S, S)
+        t, u, eps = self.randomness(number)                                  # (b,), (b,), (b, C, S, S)
         y = drop_labels(y, self.config.num_classes, args.label_dropout, u)   # so that guidance will be possible
         total = 0.0
         for part in self.parts():                                            # only one, unless --accumulate is given
             loss = self.loss(x0[part], y[part], t[part], eps[part]) / args.accumulate
             loss.backward()
             total = total + loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        norm, *_ = [nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM) for network in self.learners]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(number, args)
@@ -136,30 +140,38 @@ class Trainer:
         """The mean loss of some images, with the network's products in the precision that was asked for."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             if not self.teacher:
-                return training_loss(self.diffusion, self.net, x0, y, t, eps, self.args.min_snr).mean()
-            return shortcut_loss(self.diffusion, self.net, self.ema, self.teach, x0, y, t, eps).mean()
+                return training_loss(self.diffusion, *self.nets, x0, y, t, eps, self.args.min_snr).mean()
+            (student, fake), steps, (eps, noise) = self.nets, t[:, :2], eps.unbind(1)
+            loss, x0_hat = shortcut_loss(self.diffusion, student, self.ema, self.teach, x0, y, steps, eps)
+            whole = steps[:, 0] - steps[:, 1] == self.diffusion.T  # the images that are drawn in one step
+            drawn = x0_hat[whole], y[whole], t[whole, 2], noise[whole]
+            match, fake_loss = matching_loss(self.diffusion, partial(self.teach, share=MATCHED), fake, *drawn)
+            return torch.where(whole, HOLD * loss, loss).mean() + (MATCHING * match + fake_loss).sum() / len(x0)
 
-    def teach(self, x_t: Tensor, t: Tensor, y: Tensor, d: Tensor) -> Tensor:
-        """What the teacher, guided, predicts for a student's step. It knows no size d of steps: its own are small."""
-        guidance = guidance_settings(self.args.guidance, self.diffusion.T)
-        return guide(self.teacher.model, y, self.config.num_classes, *guidance.values())(x_t, t)
+    def teach(self, x_t: Tensor, t: Tensor, y: Tensor, d: Tensor | None = None, share: float = 1.0) -> Tensor:
+        """What the teacher predicts, with a share of its guidance. It knows no size d of steps: its own are small."""
+        weight, interval = guidance_settings(self.args.guidance, self.diffusion.T).values()
+        return guide(self.teacher.model, y, self.config.num_classes, 1 + share * (weight - 1), interval)(x_t, t)
 
     def randomness(self, number: int) -> list[Tensor]:
         """This process's share of what is random in a step.
 
-        t (b,) are timesteps, or, with a teacher, steps (b, 2) from one timestep to another; u (b,) are uniform numbers
-        that say whose label is hidden; eps (b, C, S, S) is noise.
+        t (b,) are timesteps, u (b,) uniform numbers that say whose label is hidden, and eps (b, C, S, S) is noise. With
+        a teacher, t is (b, 3): a step from one timestep to another, and the timestep at which its result is compared
+        with what the teacher draws. Then eps is (b, 2, C, S, S), and the second noise is for that comparison.
         """
         args, n = self.args, self.args.batch_size
         generator = seeded(args.seed, FIRST_INDEX + number)
         if self.teacher:
-            t = draw_steps(n, self.diffusion.T, generator)
+            compare_at = draw_timesteps(n, self.diffusion.T, "logit-normal", generator)
+            t = torch.cat([draw_steps(n, self.diffusion.T, generator), compare_at[:, None]], dim=1)
         else:
             t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
             generator = seeded(args.seed, FIRST_INDEX + number, self.device)
-        eps = torch.randn(n, *self.shape, generator=generator, device=self.device)
+        shape = (n, 2, *self.shape) if self.teacher else (n, *self.shape)
+        eps = torch.randn(shape, generator=generator, device=self.device)
         return [value[self.share * RANK : self.share * (RANK + 1)].to(self.device) for value in (t, u, eps)]
 
     def parts(self) -> Iterator[slice]:
@@ -170,8 +182,10 @@ class Trainer:
         """
         for first in range(0, self.share, self.part):
             last = first + self.part == self.share
-            exchange = nullcontext() if last or self.net is self.model else self.net.no_sync()
-            with fast_attention(self.device, self.args.precision), exchange:
+            with fast_attention(self.device, self.args.precision), ExitStack() as stack:
+                if WORLD > 1 and not last:
+                    for net in self.nets:
+                        stack.enter_context(net.no_sync())
                 yield slice(first, first + self.part)
 
     def state(self) -> dict:
@@ -179,6 +193,7 @@ class Trainer:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
         if self.teacher:  # whose file may be gone when the run goes on
+            state["fake"] = self.learners[1].state_dict()
             state["teacher"] = {**self.teacher.description, "ema": self.teacher.model.state_dict()}
         return state
 
@@ -186,6 +201,8 @@ class Trainer:
         """Go on where `state` was taken."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
+        if self.teacher:
+            self.learners[1].load_state_dict(state["fake"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
@@ -193,7 +210,7 @@ class Trainer:
         """The seconds of a step, the median of some on blank images, whose changes to the network are undone."""
         x0 = torch.zeros(self.share, *self.shape, device=self.device)
         y = torch.zeros(self.share, dtype=torch.long, device=self.device)
-        parameters = [*self.model.parameters(), *self.ema.parameters()]
+        parameters = [p for network in (*self.learners, self.ema) for p in network.parameters()]
         before = [p.detach().to("cpu", copy=True) for p in parameters]
         times = []
         try:
@@ -203,7 +220,8 @@ class Trainer:
                 norm.item()  # waits for the GPU
                 times.append(time.perf_counter() - begin)
         finally:
-            self.model.zero_grad()
+            for network in self.learners:
+                network.zero_grad()
             with torch.no_grad():
                 torch._foreach_copy_(parameters, before)
             for optimizer in self.optimizers:

@@ -23,7 +23,7 @@ from diffusion import (
     training_loss,
 )
 from sampling import crossfade
-from shortcut import SHORTCUTS, draw_steps, shortcut_loss, shortcut_timesteps
+from shortcut import SHORTCUTS, draw_steps, matching_loss, shortcut_loss, shortcut_timesteps
 
 T = 1000
 BETA_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}                           # as diffusers calls them
@@ -579,11 +579,11 @@ def test_a_step_can_be_undone_and_is_that_of_ddim(schedule):
 
 def test_steps_to_learn_are_those_that_the_sampler_takes():
     ways = {n: [*pairwise([*shortcut_timesteps(T, n), -1])] for n in SHORTCUTS}
-    drawn = [tuple(step) for step in draw_steps(8000, T, torch.Generator().manual_seed(0)).tolist()]
+    drawn = [tuple(step) for step in draw_steps(10_000, T, torch.Generator().manual_seed(0)).tolist()]
     assert set(drawn) == {step for way in ways.values() for step in way}
-    for i, n in enumerate([1, 2, 4, 8, 16, 32, 32, 32]):
-        assert set(drawn[i::8]) == set(ways[n])
-    starts = [sum(t == T - 1 for t, _ in drawn[i::8]) / 1000 for i in (4, 7)]
+    for i, n in enumerate([1, 1, 2, 4, 8, 16, 32, 32, 32, 32]):
+        assert set(drawn[i::10]) == set(ways[n])
+    starts = [sum(t == T - 1 for t, _ in drawn[i::10]) / 1000 for i in (5, 9)]
     assert starts == pytest.approx([0.3 + 0.7 / 16, 1 / 32], abs=0.05)
 
 
@@ -610,8 +610,10 @@ def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
 
     steps, eps = draw_steps(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
     x0 = 0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1]
-    assert shortcut_loss(d, model, model, teacher, x0, y, steps, eps).max() < 1e-5
-    other = shortcut_loss(d, lambda *a: model(*a) + 0.1, model, teacher, x0, y, steps, eps)
+    loss, x0_hat = shortcut_loss(d, model, model, teacher, x0, y, steps, eps)
+    assert loss.max() < 1e-5
+    other, off = shortcut_loss(d, lambda *a: model(*a) + 0.1, model, teacher, x0, y, steps, eps)
+    torch.testing.assert_close(off, x0_hat + 0.1)
     torch.testing.assert_close(other, 0.01 / d.tables["s"][steps[:, 0]], rtol=0.01, atol=1e-4)
 
     x = gaussian(3, 1)[:, :1, :1, :1]
@@ -625,6 +627,45 @@ def halves() -> list[int]:
     for _ in range(6):
         way = [n for t, s in pairwise(way) for n in (t, (t + s) // 2)] + [-1]
     return way[:-1]
+
+
+@every_schedule
+def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule):
+    """A student that draws N(m, c^2), with m and c to be learned, while `fake` knows at each time what it draws."""
+    d, generator = Diffusion(schedule, "x0"), torch.Generator().manual_seed(0)
+    m, c = torch.tensor(-0.5, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    y, optimizer = torch.zeros(500, dtype=torch.long), torch.optim.SGD([m, c], lr=0.05)
+
+    def optimal(m, c):
+        def predict(x, t, y):
+            a, s = d.at("a", t), d.at("s", t)
+            return m + a * c**2 / (a**2 * c**2 + s**2) * (x - a * m)  # E[x0 | x_t], as above
+
+        return predict
+
+    teacher = optimal(0.2, 0.1)
+    for _ in range(500):
+        x = m + c * torch.randn(500, 1, 1, 1, generator=generator)
+        t = draw_timesteps(500, T, "logit-normal", generator)
+        noise = torch.randn(500, 1, 1, 1, generator=generator)
+        loss, _ = matching_loss(d, teacher, optimal(m.detach(), c.detach()), x, y, t, noise)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    assert [m.item(), c.item()] == pytest.approx([0.2, 0.1], abs=0.03)
+    loss, _ = matching_loss(d, teacher, teacher, x, y, t, noise)
+    assert loss.max() == 0  # where the two networks agree, nothing is left to learn
+
+
+def test_matching_teaches_the_student_and_the_network_beside_it_apart():
+    d, y, t = Diffusion("flow", "v"), torch.zeros(4, dtype=torch.long), torch.tensor([20, 300, 600, 999])
+    x, w = images().requires_grad_(True), torch.tensor(0.5, requires_grad=True)
+    student, fake = matching_loss(d, lambda x, t, y: 0.1 * x, lambda x, t, y: w * x, x, y, t, gaussian(0))
+    assert torch.autograd.grad(student.sum(), w, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(fake.sum(), x, allow_unused=True, retain_graph=True) == (None,)
+    ordinary = training_loss(d, lambda x, t, y: w * x, x.detach(), y, t, gaussian(0))
+    s = d.tables["s"][t]
+    torch.testing.assert_close(fake, ordinary * s**2 / s.clamp(min=0.05) ** 2)
 
 
 @pytest.mark.parametrize("steps", [0, 3, 64])

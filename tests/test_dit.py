@@ -254,6 +254,15 @@ def test_a_block_takes_its_condition_per_image():
     assert not torch.allclose(out[0], out[1])
 
 
+def test_no_images_give_no_images():
+    """A part of a batch may hold none of the images that a loss is about, and processes still exchange gradients."""
+    model = DiT(DiTConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=1))
+    out = model(torch.zeros(0, 1, 8, 8), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    assert out.shape == (0, 1, 8, 8)
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 def test_a_shortcut_network_begins_as_the_network_it_copies():
     torch.manual_seed(0)
     config = dict(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=1)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from dataset import IDX_FILES, DataError
 from dit import MODELS, DiTConfig
 from run import new_folder
 from sampling import TrainedModel, sample
-from settings import parse_args, settle
+from settings import load_teacher, parse_args, settle
 from train import Trainer, learning_rate, update_ema
 
 
@@ -406,6 +407,19 @@ def test_a_rehearsal_changes_nothing():
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_a_rehearsal_of_distilling_changes_nothing(tiny_run):
+    given = parse_args(["--distill", str(tiny_run), "--no-compile", "--batch-size", "20"])
+    teacher = load_teacher(given, {}, torch.device("cpu"))
+    args = settle(given, torch.device("cpu"), {}, teacher.description)
+    trainer = Trainer(replace(teacher.model.config, shortcut=True), args, torch.device("cpu"), teacher)
+    before = copy.deepcopy(trainer.state())
+    trainer.rehearse(3)
+    for part in ("model", "ema", "fake", "teacher"):
+        assert_equal_states(trainer.state()[part], before[part])
+    assert not any(optimizer.state for optimizer in trainer.optimizers)
+    assert all(p.grad is None for network in trainer.learners for p in network.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------- distilling
 
 
@@ -419,14 +433,20 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
     teacher.unlink()
     assert run("--resume", tmp_path / "parts", "--steps", 6) == 0
     whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
-    for part in ("model", "ema", "optimizers", "teacher", "config", "guidance"):
+    for part in ("model", "ema", "fake", "optimizers", "teacher", "config", "guidance"):
         assert_equal_states(whole[part], parts[part])
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    for name in ("final_layer.linear.weight", "blocks.0.attn.qkv.weight"):  # of a network that began as its copy
+        assert not torch.equal(whole["fake"][name], whole["teacher"]["ema"][name])
     assert whole["config"]["shortcut"] and whole["guidance"] == 1.0 and whole["args"]["guidance"] == [2.0, 300, 800]
     with pytest.raises(UsageError, match="--guidance was .* in this run and cannot change"):
         run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
     with pytest.raises(UsageError, match="is distilled already"):
         run("--distill", tmp_path / "whole", "--dataset", images)
+    del parts["fake"]
+    checkpoint.save(tmp_path / "parts" / "checkpoint.pt", parts)
+    with pytest.raises(UsageError, match="an earlier version distilled this: begin a new run"):
+        run("--resume", tmp_path / "parts", "--steps", 7)
 
 
 def test_two_processes_distill_as_one(tiny_run, images, tmp_path):
@@ -434,9 +454,11 @@ def test_two_processes_distill_as_one(tiny_run, images, tmp_path):
     arguments += ["--no-compile", "--device", "cpu", "--precision", "fp32"]
     assert run(*arguments, "--run-dir", tmp_path / "one") == 0
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-    result = run_script("train.py", *arguments, "--run-dir", "two", cwd=tmp_path, python=torchrun)
-    assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for accumulate in (1, 2):
+        there = ("--accumulate", accumulate, "--run-dir", f"two-{accumulate}")
+        result = run_script("train.py", *arguments, *there, cwd=tmp_path, python=torchrun)
+        assert result.returncode == 0, result.stderr
+        assert losses(tmp_path / there[-1]) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_a_distilled_network_draws_in_one_step_what_its_teacher_draws_in_many(images, tmp_path):
