@@ -275,10 +275,12 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from log.jsonl."""
+    """Draw loss.png from log.jsonl, unless that is empty."""
     from matplotlib.figure import Figure
 
     entries = read_log(folder)
+    if not entries:
+        return
     losses, steps = torch.tensor([entry["loss"] for entry in entries]), [entry["step"] for entry in entries]
     window = min(len(losses), 100)
     axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(

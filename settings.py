@@ -191,7 +191,7 @@ def load_teacher(args: argparse.Namespace, state: dict, device: torch.device) ->
     """The network that --distill names, or that the run to go on with had. Raises UsageError, CheckpointError."""
     if not (args.distill or "teacher" in state):
         return None
-    if state and "fake" not in state:
+    if "teacher" in state and "fake" not in state:
         raise UsageError("an earlier version distilled this: begin a new run")
     teacher = TrainedModel(*checkpoint.build(state.get("teacher") or checkpoint.load(args.distill), device))
     if teacher.model.config.shortcut:

@@ -187,7 +187,7 @@ def test_labels_are_numbers_names_or_ranges():
     [
         (["--steps", 0], "use 1 to 1000"),
         (["--steps", 1001], "use 1 to 1000"),
-        (["--per-class", 0], "use 1 or more"),
+        (["--per-class", 0], "use 1 to 10000"),
         (["--batch-size", -1], "use 1 or more"),
         (["--seed", -1], "use 0 to 4294967295"),
         (["--seed", 2**32], "use 0 to 4294967295"),
