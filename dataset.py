@@ -42,6 +42,7 @@ MNIST_MD5 = (
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FOLDER_IMAGE_SIZE = 32       # pixels of a folder's images, where no other size is asked for
 MEMORY_LIMIT = 2 * 1024**3   # bytes of pixels; a larger folder is read from disk, batch by batch
+RESIZED_AT_A_TIME = 2**24    # bytes of pixels, which take several times as much while they are resized
 READ_AHEAD = 3               # batches
 DOWNLOAD_TIMEOUT = 20        # seconds without an answer
 
@@ -146,7 +147,8 @@ def resized(images: Images, size: int | None) -> Images:
         most = int((MEMORY_LIMIT / (n * channels)) ** 0.5)
         raise DataError(f"{images.source} of {size} pixels do not fit in memory: use --image-size {most} or less")
     resize = v2.Resize([size, size], antialias=True)
-    images.pixels = torch.cat([resize(part) for part in images.pixels.split(1000)])
+    few = max(1, RESIZED_AT_A_TIME // (channels * size**2))
+    images.pixels = torch.cat([resize(part) for part in images.pixels.split(few)])
     return images
 
 

@@ -1,6 +1,7 @@
 """Claims about command lines, whatever stands on them: each does its work, or ends in one line and changes nothing."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import resource
@@ -76,8 +77,9 @@ def _no_work(tmp_path_factory):
         patch.chdir(folder)
         for name in ("BUNDLED_WEIGHTS", "DISTILLED_WEIGHTS"):
             patch.setattr(cli, name, weights)
-        patch.setattr(dataset, "from_torchvision", lambda *_: images)
-        patch.setattr(dataset, "offline_digits", lambda: images)
+        patch.setattr(dataset, "from_torchvision", lambda *_: dataclasses.replace(images))  # which may be resized
+        patch.setattr(dataset, "offline_digits", lambda: dataclasses.replace(images))
+        patch.setattr(dataset, "MEMORY_LIMIT", 50 * 2**20)
         for module, name in ((train, "Trainer"), (inference, "sample"), (inference.TrainedModel, "draw"),
                              (evaluate, "measure"), (benchmark, "matmul_peak"), (judge, "fit")):
             patch.setattr(module, name, reached)

@@ -37,7 +37,7 @@ def test_training_with_its_samples_stays_flat(images, tmp_path, monkeypatch, req
         return result
 
     monkeypatch.setattr(train.Trainer, "step", watched)
-    arguments = ["--dataset", str(images), *TINY, "--steps", "1000000", "--save-every", "50", "--lr", "1e-4"]
+    arguments = ["--dataset", str(images), *TINY, "--steps", "1000000", "--save-every", "10", "--lr", "1e-4"]
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     quarter = len(seen) // 4
     early, late = seen[quarter : 2 * quarter], seen[-quarter:]
