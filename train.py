@@ -111,7 +111,7 @@ class Trainer:
         if WORLD > 1:  # this wrapper makes each gradient the mean over the processes
             # Its warning is of the strides of axes of length 1, which have no meaning.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            self.nets = [DistributedDataParallel(network, forward_sync_buffers=False) for network in self.learners]
+            self.nets = [DistributedDataParallel(network) for network in self.learners]
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
