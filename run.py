@@ -11,6 +11,7 @@ A run is a folder, by default runs/DATASET-N:
 Under torchrun every process has a Run, and that of process 0 writes the files.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -291,3 +292,5 @@ def plot_loss(folder: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     checkpoint.write_whole(folder / "loss.png", lambda file: axes.figure.savefig(file, dpi=120))
+    del axes  # A figure refers to itself, so only the collector frees it, and left alone that would come late.
+    gc.collect()
