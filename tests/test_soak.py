@@ -32,7 +32,7 @@ def test_training_with_its_samples_stays_flat(images, tmp_path, monkeypatch, req
         begin = time.perf_counter()
         result = step(self, *arguments)
         seen.append((time.perf_counter() - begin, memory()))
-        if time.monotonic() > end:
+        if time.monotonic() > end and len(seen) > 100:  # on a busy machine it takes longer
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
