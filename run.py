@@ -204,6 +204,7 @@ class Run:
             picture = samples()
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
+            gc.collect()  # a figure refers to itself, and left alone its memory would be freed late
             self.clock = time.perf_counter()  # this time does not belong to the speed of training
 
     def finish(self, weights: dict) -> int:
@@ -292,5 +293,3 @@ def plot_loss(folder: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     checkpoint.write_whole(folder / "loss.png", lambda file: axes.figure.savefig(file, dpi=120))
-    del axes  # A figure refers to itself, so only the collector frees it, and left alone that would come late.
-    gc.collect()

@@ -68,7 +68,7 @@ def mosaic(axes: Axes, images: Tensor, rows: list[str], columns: list[str], gap:
     R, C, _, S, _ = images.shape
     picture = np.full((R * (S + gap), C * (S + gap)), 255, np.uint8)
     for i, j in np.ndindex(R, C):
-        picture[i * (S + gap) :, j * (S + gap) :][:S, :S] = to_uint8(images[i, j, 0])
+        picture[i * (S + gap) :, j * (S + gap) :][:S, :S] = to_uint8(images[i, j, 0]).numpy()
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, C, R, 0), interpolation="nearest")
     centre = S / (S + gap) / 2
     axes.set_xticks([j + centre for j in range(C)], columns)
