@@ -180,15 +180,18 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     return p.clamp(min=1e-12).log()
 
 
-def draw_timesteps(n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None) -> Tensor:
+def draw_timesteps(
+    n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None, mean: float = 0.0
+) -> Tensor:
     """n timesteps in 0 ... T - 1, int64, on the CPU, in rising order: one from each of n equally probable parts.
 
     So each batch covers all noise levels, and its loss varies less. uniform is DDPM's distribution. logit-normal is the
-    sigmoid of a normal variable, and prefers the middle timesteps (arXiv 2403.03206, section 3.1).
+    sigmoid of a normal variable of variance 1, and prefers the middle timesteps (arXiv 2403.03206, section 3.1). A mean
+    of this variable above 0 prefers those of more noise.
     """
     u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     if distribution == "logit-normal":
-        u = torch.sigmoid(torch.special.ndtri(u))  # ndtri, the inverse normal CDF, makes u normal
+        u = torch.sigmoid(mean + torch.special.ndtri(u))  # ndtri, the inverse normal CDF, makes u normal
     elif distribution != "uniform":
         raise ValueError(f"unknown distribution {distribution!r}: use one of {', '.join(TIMESTEP_DISTRIBUTIONS)}")
     return (u * T).long().clamp(max=T - 1)

@@ -22,14 +22,19 @@ from speed import cpu_precision
 TIMESTEPS = 1000  # T, as in DDPM
 # The defaults that depend on the device.
 PRESETS = {
-    "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=1e-2, compile=True),
-    "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
-    "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
+    "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=1e-2, timestep_mean=0.4, compile=True),
+    "cuda": dict(
+        model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, precision="bf16", compile=True
+    ),
+    "mps": dict(
+        model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, precision="fp32", compile=False
+    ),
 }
 # What --distill changes of these, and what the student has from its teacher and cannot be set.
 DISTILLATION = dict(steps=6000, minutes=None, batch_size=160, lr=2e-3, ema=0.998, label_dropout=0.0)
 INHERITED = {
-    "model", "learn_sigma", "schedule", "prediction", "timestep_distribution", "min_snr", "label_dropout", "image_size",
+    "model", "learn_sigma", "schedule", "prediction", "timestep_distribution", "timestep_mean", "min_snr",
+    "label_dropout", "image_size",
 }
 YES_NO = dict(action=argparse.BooleanOptionalAction)
 # Every flag: its default, its help, how argparse reads it. A default of None depends on the device, or is in the help.
@@ -56,6 +61,9 @@ FLAGS = {
         schedule=("flow", "how the noise grows with the timestep", dict(choices=SCHEDULES)),
         prediction=("x0", "what the network predicts", dict(choices=PREDICTIONS)),
         timestep_distribution=("logit-normal", "which timesteps it sees", dict(choices=TIMESTEP_DISTRIBUTIONS)),
+        timestep_mean=(
+            None, "of the normal variable of logit-normal; above 0 for more noise", dict(type=number(float, -5, 5)),
+        ),
         min_snr=(
             None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9, 1e9))
         ),
@@ -151,7 +159,7 @@ def settle(
     if given.minutes and (given.steps or state):
         fix = "leave one out" if given.steps else "a run that goes on takes --steps"
         raise UsageError(f"--minutes stands in place of --steps: {fix}")
-    saved = {"distill": None, **state["args"]} if state else {}
+    saved = {"distill": None, "timestep_mean": 0.0, **state["args"]} if state else {}  # earlier versions had neither
     may_change = MAY_CHANGE - {"guidance"} if saved.get("distill") else MAY_CHANGE
     for name in sorted(saved.keys() & (explicit.keys() | FORMER.keys()) - may_change):
         if saved[name] != explicit.get(name, FORMER.get(name)):
@@ -164,6 +172,8 @@ def settle(
     if given.distill and INHERITED & explicit.keys():
         flag = "--" + min(INHERITED & explicit.keys()).replace("_", "-")
         raise UsageError(f"with --distill, network and process are those of the checkpoint: leave {flag} out")
+    if given.timestep_mean and args.timestep_distribution != "logit-normal":
+        raise UsageError("--timestep-mean is for logit-normal timesteps: leave it out")
     if given.minutes:
         args.steps = None
     elif args.steps:

@@ -39,6 +39,7 @@ from shortcut import HOLD, MATCHED, MATCHING, draw_steps, matching_loss, shortcu
 from speed import compile_blocks, fast_attention, make_deterministic
 
 MAX_NORM = 1.0         # a longer gradient is shortened to this length
+BESIDE_MUON = 3e-3     # AdamW's highest learning rate then; with a higher one the loss jumps
 STEPS_SHARE = 0.85     # of the time of a run; the rest is for reading data, checkpoints and samples
 FIRST_INDEX = 2**31    # training's generators are numbered from here, far from those of the images (0, 1, ...)
 
@@ -130,7 +131,7 @@ class Trainer:
         norm, *_ = [nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM) for network in self.learners]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(number, args)
+                group["lr"] = group["share"] * learning_rate(number, args)
             optimizer.step()
             optimizer.zero_grad()
         update_ema(self.ema, self.model, number, args.ema)
@@ -166,7 +167,7 @@ class Trainer:
             compare_at = draw_timesteps(n, self.diffusion.T, "logit-normal", generator)
             t = torch.cat([draw_steps(n, self.diffusion.T, generator), compare_at[:, None]], dim=1)
         else:
-            t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator)
+            t = draw_timesteps(n, TIMESTEPS, args.timestep_distribution, generator, args.timestep_mean)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
             generator = seeded(args.seed, FIRST_INDEX + number, self.device)
@@ -246,8 +247,10 @@ def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Op
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
     fused = others[0].device.type != "mps"
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    return [Muon(matrices, lr=args.lr), adamw] if matrices else [adamw]
+    share = min(1.0, BESIDE_MUON / args.lr) if matrices and args.lr else 1.0
+    groups = [dict(params=others, share=share)]
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    return [Muon([dict(params=matrices, share=1.0)], lr=args.lr), adamw] if matrices else [adamw]
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:

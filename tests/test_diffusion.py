@@ -211,10 +211,11 @@ def test_timesteps_cover_each_part_of_the_range_once():
     assert (t // 10).tolist() == list(range(100))
 
 
-def test_logit_normal_timesteps_have_their_quartiles():
-    t = draw_timesteps(10000, T, "logit-normal", torch.Generator().manual_seed(0)).double()
+@pytest.mark.parametrize("mean", [0.0, 0.4])
+def test_logit_normal_timesteps_have_their_quartiles(mean):
+    t = draw_timesteps(10000, T, "logit-normal", torch.Generator().manual_seed(0), mean).double()
     quartiles = torch.quantile(t / T, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    expected = torch.sigmoid(torch.tensor([-0.6745, 0.0, 0.6745], dtype=torch.float64))
+    expected = torch.sigmoid(torch.tensor([mean - 0.6745, mean, mean + 0.6745], dtype=torch.float64))
     torch.testing.assert_close(quartiles, expected, atol=2e-3, rtol=0)
     assert t.min() >= 0
     assert t.max() < T

@@ -283,9 +283,11 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_settings(tiny_run, tmp_pat
         described = dict(guidance=1.5, interval=[200, 900], args=args)
         checkpoint.save(tmp_path / name / "checkpoint.pt", {**state, **described})
     older = {name: value for name, value in checkpoint.load(tmp_path / "same").items() if name != "interval"}
+    del older["args"]["timestep_mean"]
     (tmp_path / "older").mkdir()
-    checkpoint.save(tmp_path / "older" / "checkpoint.pt", older)  # as before there were intervals
+    checkpoint.save(tmp_path / "older" / "checkpoint.pt", older)  # as before there were these two
     assert run("--resume", tmp_path / "older", "--steps", 21) == 0
+    assert checkpoint.load(tmp_path / "older")["args"]["timestep_mean"] == 0.0
     assert run("--resume", tmp_path / "same", "--steps", 21) == 0
     state = checkpoint.load(tmp_path / "same")
     assert (state["guidance"], state["interval"]) == (1.5, [200, 900])
@@ -306,6 +308,7 @@ def test_a_resumed_run_keeps_its_data(tiny_run, images, tmp_path):
         (["--batch-size", 9, "--accumulate", 2], "not a multiple"),
         (["--model", "DiT-N/7", "--image-size", 8], "use a patch size among"),
         (["--resume", "nowhere", "--device", "cpu"], "leave --run-dir out"),
+        (["--timestep-mean", 1, "--timestep-distribution", "uniform"], "is for logit-normal timesteps: leave it out"),
     ],
 )
 def test_settings_that_do_not_go_together_name_the_fix(images, tmp_path, arguments, fix):
@@ -506,6 +509,15 @@ def test_learning_rate_rises_then_falls():
     assert 0 < learning_rate(109, args) < 0.001
     args.lr_schedule = "constant"
     assert learning_rate(109, args) == 1.0
+
+
+def test_beside_muon_adamw_takes_smaller_steps():
+    shapes = dict(hidden_size=16, depth=1, num_heads=2, patch_size=4, image_size=8)
+    for optimizer, lr, rates in (("muon", 1e-2, [1e-2, 3e-3]), ("muon", 1e-3, [1e-3, 1e-3]), ("adamw", 1e-2, [1e-2])):
+        words = [*TINY, "--steps", "5", "--warmup", "0", "--lr", str(lr), "--optimizer", optimizer]
+        trainer = Trainer(DiTConfig(**shapes), settle(parse_args(words), torch.device("cpu"), {}), torch.device("cpu"))
+        trainer.step(0, torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))
+        assert [group["lr"] for o in trainer.optimizers for group in o.param_groups] == pytest.approx(rates)
 
 
 def test_the_average_follows_fast_at_first_then_slowly():
