@@ -22,7 +22,7 @@ from speed import cpu_precision
 TIMESTEPS = 1000  # T, as in DDPM
 # The defaults that depend on the device.
 PRESETS = {
-    "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=1e-2, timestep_mean=0.4, compile=True),
+    "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=7e-3, timestep_mean=0.4, compile=True),
     "cuda": dict(
         model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, precision="bf16", compile=True
     ),
