@@ -23,12 +23,8 @@ TIMESTEPS = 1000  # T, as in DDPM
 # The defaults that depend on the device.
 PRESETS = {
     "cpu": dict(model="DiT-N/7", minutes=9, batch_size=128, lr=7e-3, timestep_mean=0.4, compile=True),
-    "cuda": dict(
-        model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, precision="bf16", compile=True
-    ),
-    "mps": dict(
-        model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, precision="fp32", compile=False
-    ),
+    "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="bf16", compile=True),
+    "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, precision="fp32", compile=False),
 }
 # What --distill changes of these, and what the student has from its teacher and cannot be set.
 DISTILLATION = dict(steps=6000, minutes=None, batch_size=160, lr=2e-3, ema=0.998, label_dropout=0.0)
@@ -62,7 +58,7 @@ FLAGS = {
         prediction=("x0", "what the network predicts", dict(choices=PREDICTIONS)),
         timestep_distribution=("logit-normal", "which timesteps it sees", dict(choices=TIMESTEP_DISTRIBUTIONS)),
         timestep_mean=(
-            None, "of the normal variable of logit-normal; above 0 for more noise", dict(type=number(float, -5, 5)),
+            0.0, "of the normal variable of logit-normal; above 0 for more noise", dict(type=number(float, -5, 5)),
         ),
         min_snr=(
             None, "weight the loss by min(SNR, this); 5 is usual (default: off)", dict(type=number(float, 1e-9, 1e9))
@@ -111,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         group = parser.add_argument_group(title)
         for name, (default, help, options) in flags.items():
             by_device = [f"{preset[name]} on {device}" for device, preset in PRESETS.items() if name in preset]
+            if by_device and default is not None:
+                by_device.append(f"else {default}")
             shown = ", ".join(by_device) if by_device and "(default" not in help else default
             help = help if shown is None else f"{help} (default: {shown})"
             group.add_argument("--" + name.replace("_", "-"), help=help, **options, default=None)

@@ -247,7 +247,7 @@ def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Op
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
     fused = others[0].device.type != "mps"
-    share = min(1.0, BESIDE_MUON / args.lr) if matrices and args.lr else 1.0
+    share = BESIDE_MUON / max(args.lr, BESIDE_MUON) if matrices else 1.0
     groups = [dict(params=others, share=share)]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     return [Muon([dict(params=matrices, share=1.0)], lr=args.lr), adamw] if matrices else [adamw]
