@@ -1,4 +1,4 @@
-"""What the command lines share: errors that take one line, the choice of a device, and the weights to draw with."""
+"""What the command lines share: errors that take one line, argument types, the choice of a device, new file names."""
 
 import argparse
 import itertools
@@ -14,16 +14,16 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from diffusion import SAMPLERS
-from sampling import DEFAULT_STEPS, TrainedModel
-from shortcut import SHORTCUTS
+from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
+from dataset import DataError
+from speed import best_precision
 
 # torchrun tells each process its number, its number on its machine, and how many there are. Alone, it is number 0 of 1.
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-RUNS = Path("runs")
-BUNDLED_WEIGHTS = Path(__file__).parent / "assets" / "dit-mnist.safetensors"
-DISTILLED_WEIGHTS = BUNDLED_WEIGHTS.with_name("dit-mnist-fast.safetensors")
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_WEIGHTS = ASSETS / "dit-mnist.safetensors"
+DISTILLED_WEIGHTS = ASSETS / "dit-mnist-fast.safetensors"
+NOT_SETTINGS = ("help", "run_dir", "resume")  # flags that a run does not keep
 
 
 class UsageError(Exception):
@@ -31,31 +31,35 @@ class UsageError(Exception):
 
 
 class WorkError(Exception):
-    """Work that had begun cannot go on. The message is one line."""
+    """Work that had begun cannot continue. The message is one line."""
 
 
-def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "lower --batch-size") -> NoReturn:
+def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size") -> NoReturn:
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
-    The status is 2 for bad usage: UsageError, CheckpointError and the exceptions given. It is 1 for work that cannot go
-    on, and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback. memory: the fix where
-    there is too little of it.
+    The status is 2 for bad usage (UsageError, CheckpointError, DataError), 1 for work that cannot continue,
+    and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback.
+
+    memory: the fix where there is too little of it
     """
     name = Path(sys.argv[0]).name
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     try:
         sys.exit(work())
-    except (UsageError, checkpoint.CheckpointError, *bad_usage) as error:
+    except (UsageError, CheckpointError, DataError) as error:
         status, message = 2, error
-    except (WorkError, OSError, FloatingPointError) as error:  # OSError: a full disk, or no right to write there
+    except (WorkError, FloatingPointError) as error:
         status, message = 1, error
-        if isinstance(error, OSError) and error.filename:
+    except OSError as error:  # a full disk, or no right to write there
+        status, message = 1, error
+        if error.filename:
             message = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no classes of its own for most of these
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no exceptions of its own for a CPU without memory, or for a process that is gone.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             status, message = 1, f"there is too little memory: {memory}"
-        elif WORLD > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+        elif WORLD > 1:
             gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
             status, message = 1, f"{gone} ({str(error)[:100]})"
         else:
@@ -69,18 +73,96 @@ def run_script(work: Callable[[], int | None], *bad_usage: type, memory: str = "
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose error is one line, a UsageError, rather than a page of usage."""
+    """An argument parser whose error is one line, a UsageError, rather than a page of usage.
+
+    presets: the defaults of a training that depend on the device: {"cpu": {"lr": 7e-3, ...}, ...}
+    """
+
+    def __init__(self, prog: str, description: str, presets: dict[str, dict] | None = None):
+        super().__init__(prog, description=description)
+        self.presets = presets or {}
+
+    def group(self, title: str) -> Callable[..., None]:
+        """A group of flags, as a function that adds one: flag("--lr", default, help, **options of add_argument)."""
+        group = self.add_argument_group(title)
+
+        def flag(name: str, default: object, help: str, **options) -> None:
+            key = name.lstrip("-").replace("-", "_")
+            shown = ", ".join(f"{preset[key]} on {device}" for device, preset in self.presets.items() if key in preset)
+            if shown or "(default" not in help:
+                help = f"{help} (default: {shown or '%(default)s'})"
+            group.add_argument(name, default=default, help=help, **options)
+
+        return flag
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
 
+    def settings(
+        self, argv: list[str] | None, saved: dict, may_change: set[str]
+    ) -> tuple[argparse.Namespace, torch.device]:
+        """The settings of a run, and its device. A flag that is given comes first, then the setting that a resumed run
+        saved, then the preset of the device, then the parser's default.
 
-def number(kind: type, low: float, high: float = checkpoint.MOST_STEPS) -> Callable[[str], float]:
+        may_change: what a resumed run may do otherwise than it began. Raises UsageError, CheckpointError.
+        """
+        given = self.parse_args(argv)
+        if given.minutes and (given.steps or saved):
+            fix = "leave one out" if given.steps else "a run that is resumed takes --steps"
+            raise UsageError(f"--minutes replaces --steps: {fix}")
+        with refusing("the settings in this checkpoint are damaged"):
+            device = given.device or saved.get("device")
+            device = pick_device(device if device in [*self.presets] else None)
+            self.set_defaults(**self.presets[device.type])
+            if saved:
+                self.check(saved)
+                self.set_defaults(**saved)
+        args = self.parse_args(argv)
+        for name in sorted(saved.keys() - may_change):
+            if getattr(args, name) != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: leave it out")
+        if given.minutes:
+            args.steps = None
+        elif args.steps:
+            args.minutes = None
+        args.precision = args.precision or best_precision(device)
+        if args.batch_size % (WORLD * args.grad_accum_steps):
+            divisor = f"--grad-accum-steps {args.grad_accum_steps}"
+            divisor = f"{WORLD} processes x {divisor}" if WORLD > 1 else divisor
+            raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {divisor}: use one that is")
+        return args, device
+
+    def check(self, settings: dict) -> None:
+        """Raise some exception unless these settings, from a file, are ones that a command line could have given."""
+        actions = {action.dest: action for action in self._actions if action.dest not in NOT_SETTINGS}
+        if settings.keys() != actions.keys():
+            raise ValueError("they have other names")
+        for name, action in actions.items():
+            values = settings[name] if isinstance(settings[name], list) and action.nargs == "+" else [settings[name]]
+            for value in values:
+                if value is None:
+                    fits = action.default is None or name in ("steps", "minutes")
+                elif isinstance(action, argparse.BooleanOptionalAction):
+                    fits = type(value) is bool
+                elif type(value) not in (int, float, str):
+                    fits = False
+                elif action.choices is not None:
+                    fits = value in action.choices
+                elif action.type is not None:
+                    fits = action.type(str(value)) == value
+                else:
+                    fits = type(value) is str
+                if not fits:
+                    raise ValueError(f"{name} cannot be like this")
+
+
+def number(kind: type, low: float, high: float = MAX_STEPS) -> Callable[[str], float]:
     """An argparse type: a number of this kind from low to high."""
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            limits = f"{low} or more" if value < low and high == checkpoint.MOST_STEPS else f"{low} to {high}"
+            limits = f"{low} or more" if value < low and high == MAX_STEPS else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"is {text[:40]}: use {limits}")
         return value
 
@@ -104,6 +186,19 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def guidance_settings(values: list[float], timesteps: int) -> dict:
+    """`--guidance W` or `--guidance W LOW HIGH` as arguments of TrainedModel.sample_batch. Raises UsageError."""
+    weight, *interval = values
+    inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
+    if interval and not (inside and all(t == int(t) for t in interval)):
+        raise UsageError(
+            f"--guidance takes W alone, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
+        )
+    if not abs(weight) <= MAX_GUIDANCE:
+        raise UsageError(f"a guidance weight must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
+    return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
+
+
 def output_path(path: Path | None, default: str) -> Path:
     """Where to write a new file: `path`, else outputs/DEFAULT under the next free number. Makes the folder for it.
 
@@ -123,76 +218,3 @@ def output_path(path: Path | None, default: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"the folder {path.parent} may not be written: name another place")
     return path
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which weights draw, and how. `open_model` reads them."""
-    flag = parser.add_argument_group("weights").add_argument
-    flag("--checkpoint", type=Path, help="a file, or the folder of a run (default: the newest run, else bundled)")
-    flag("--model", help="for official DiT weights, the model that they are of, such as DiT-XL/2")
-    flag = parser.add_argument_group("sampling").add_argument
-    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed draws the same images (default: 0)")
-    flag("--sampler", choices=list(SAMPLERS), help="the way back from noise (default: dpm++, or for distilled weights "
-         "shortcut, which goes with them alone)")
-    steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
-    flag("--steps", type=int, help=f"timesteps on that way (default: {steps})")
-    flag("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 for none, 1 as in ddpm")
-    guidance = "0 ignores the label, 1 is plain, above 1 exaggerates it; with LOW HIGH, at these timesteps only"
-    flag("--guidance", type=float, nargs="+", metavar="W", help=f"{guidance} (default: what suits the weights)")
-    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of matrix products; bf16 is faster on GPUs and "
-         "some CPUs, and changes the images a little (default: fp32)")
-    flag("--batch-size", type=number(int, 1), default=250, help="images at a time, which does not change them")
-    flag("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
-
-
-def guidance_settings(words: list[float], timesteps: int) -> dict:
-    """`--guidance W` or `--guidance W LOW HIGH` as arguments of sampling.sample. Raises UsageError."""
-    weight, *interval = words
-    inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
-    if interval and not (inside and all(t == int(t) for t in interval)):
-        whole = "W alone, or W LOW HIGH with whole numbers"
-        raise UsageError(f"--guidance takes {whole}, 0 <= LOW <= HIGH <= {timesteps - 1}")
-    if not abs(weight) <= checkpoint.MOST_GUIDANCE:
-        most = checkpoint.MOST_GUIDANCE
-        raise UsageError(f"a guidance weight must be a finite number, {-most} to {most}: 1.5 is usual here")
-    return dict(guidance=weight, interval=[int(t) for t in interval] or None)
-
-
-def find_checkpoint(sampler: str | None = None) -> Path:
-    """The newest run that has drawn, else the bundled weights; for the shortcut sampler, those that were distilled.
-
-    Raises UsageError where there are none.
-    """
-    if sampler == "shortcut":
-        return DISTILLED_WEIGHTS
-    runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    runs = [path for path in runs if [*path.parent.glob("samples/*")] or not path.with_name("samples").exists()]
-    path = runs[-1] if runs else BUNDLED_WEIGHTS
-    if not path.is_file():
-        raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")
-    return path
-
-
-def open_model(args: argparse.Namespace) -> TrainedModel:
-    """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
-    device = pick_device(args.device)
-    args.checkpoint = args.checkpoint or find_checkpoint(args.sampler)
-    trained = TrainedModel(*checkpoint.build(checkpoint.load(args.checkpoint, args.model), device))
-    T, distilled = trained.diffusion.T, trained.model.config.shortcut
-    sampler = args.sampler = args.sampler or trained.settings["sampler"]
-    if distilled != (sampler == "shortcut"):
-        fix = "with --sampler shortcut alone" if distilled else "with any other --sampler"
-        raise UsageError(f"{args.checkpoint} was {'' if distilled else 'not '}distilled: draw from it {fix}")
-    if distilled and args.guidance:
-        raise UsageError(f"{args.checkpoint} was distilled with its guidance, which is fixed: set none")
-    steps = min(DEFAULT_STEPS[sampler], T) if args.steps is None else args.steps
-    if distilled and steps not in SHORTCUTS:
-        raise UsageError(f"--steps is {steps}: use {', '.join(map(str, SHORTCUTS))}, which these weights learned")
-    if not 1 <= steps <= T:
-        raise UsageError(f"--steps is {steps}: use 1 to {T}, the timesteps that the model knows")
-    if args.eta and sampler != "ddim":
-        raise UsageError(f"--eta is {args.eta}: leave it out, or use it with --sampler ddim")
-    trained.settings |= dict(seed=args.seed, sampler=sampler, steps=steps, eta=args.eta, precision=args.precision)
-    if args.guidance:
-        trained.settings |= guidance_settings(args.guidance, T)
-    return trained

@@ -1,74 +1,91 @@
-"""The mathematics of diffusion: noise schedules, the training loss, and the reverse samplers. It knows no network.
+"""The mathematics of diffusion. First DDPM, whole; then its relatives. This file does not know the network.
 
-A diffusion model learns to undo noise. The forward process mixes an image x0 with noise eps ~ N(0, I), a little at the
-first timestep and almost entirely at the last: x_t = a_t x0 + s_t eps. Training shows the network x_t and asks what was
-mixed. Sampling starts from pure noise and goes back, timestep by timestep. A hat, as in x0_hat, marks what the network
-believes. Ho et al., "Denoising Diffusion Probabilistic Models" (DDPM), arXiv 2006.11239, is the process to read first:
+A diffusion model learns to remove noise. The forward process turns an image x0 into noise eps ~ N(0, I), in T
+timesteps: x_t = alpha_t x0 + sigma_t eps. Training shows the network x_t and asks it to predict eps (or x0, or v, see
+`Diffusion`). Sampling runs the reverse process: it starts from pure noise and removes a little of it at each timestep.
+A hat, as in x0_hat, marks a prediction.
 
+DDPM is Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239:
+
+    Section 4    the noise schedule       linear_schedule
     Eq. 4        the forward process      Diffusion.q_sample
-    Algorithm 1  training                 training_loss is its line 5; train.py draws what lines 2 to 4 draw
+    Algorithm 1  training                 Diffusion.training_loss is its line 5; train.py samples what lines 2 to 4 do
+    Eq. 6, 7     the reverse step         Diffusion.posterior
     Algorithm 2  sampling                 ddpm
 
-Its relatives differ in one place each. A schedule says how a_t falls and s_t grows. Here beta_t is the variance of the
-noise that timestep t adds, alpha_bar_t the product of all 1 - beta up to t, and tau grows evenly between 0 and 1:
-
-    linear   a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar), beta from 1e-4 to 0.02      DDPM, section 4
-    cosine   the same, where alpha_bar is a squared cosine                             iDDPM, arXiv 2102.09672, Eq. 17
-    flow     a = 1 - tau, s = tau: a straight line from the image to the noise         rectified flow, arXiv 2209.03003
-
-Timesteps t run from 0, the least noisy (DDPM's t = 1), to T - 1, which is almost pure noise (DDPM's t = T). The lists a
-and s have one entry more, so that index -1 is the clean image, with a = 1 and s = 0. The last reverse step goes from
-t = 0 to t = -1, and therefore adds no noise.
+Timesteps t run from 0, the least noisy (DDPM's t = 1), to T - 1, which is almost pure noise (DDPM's t = T). The lists
+alpha and sigma have one entry more, so that index -1 is the clean image, with alpha = 1 and sigma = 0. The last reverse
+step goes from t = 0 to -1, and therefore adds no noise. In the samplers, s is the timestep that follows t.
 
 Images are in [-1, 1]. Shapes: B batch, C channels, H W height and width. A model is any function
-model(x_t, t, y) -> (B, C, H, W), or (B, 2C, H, W) where it also learns the variance of the reverse step.
+model(x_t, t, y) -> (B, C, H, W) of noisy images, timesteps (B,) and labels (B,).
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-SCHEDULES = ("linear", "cosine", "flow")
 PREDICTIONS = ("eps", "x0", "v")
 TIMESTEP_DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
-def schedule_table(name: str, T: int) -> tuple[Tensor, Tensor]:
-    """The pair (a, s) of a schedule in SCHEDULES, each (T,) float64."""
-    if name == "flow":
-        # tau reaches neither 0 nor 1, so that each kind of prediction can be turned into every other.
-        tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
-        return 1 - tau, tau
-    if name == "linear":  # beta is scaled so that the last timestep is as noisy with any T as with the paper's 1000
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
-    else:
-        u = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = 1 - f[1:] / f[:-1]
+# ---------------------------------------------------------------------------------------------------- noise schedules
+#
+# Each returns (alpha, sigma), both (T,) float64. beta_t is the variance of the noise that timestep t adds, and
+# alpha_bar_t is the product of all 1 - beta up to t.
+
+
+def linear_schedule(T: int) -> tuple[Tensor, Tensor]:
+    """DDPM, section 4: beta rises linearly from 1e-4 to 0.02."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return from_beta(beta * (1000 / T))  # scaled so that the last timestep is as noisy with any T as with 1000
+
+
+def cosine_schedule(T: int) -> tuple[Tensor, Tensor]:
+    """iDDPM, arXiv 2102.09672, Eq. 17: alpha_bar is a squared cosine."""
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return from_beta(1 - f[1:] / f[:-1])
+
+
+def flow_schedule(T: int) -> tuple[Tensor, Tensor]:
+    """Rectified flow, arXiv 2209.03003: a straight line from the image to the noise."""
+    # tau reaches neither 0 nor 1, so that each kind of prediction can be converted to every other.
+    tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+    return 1 - tau, tau
+
+
+def from_beta(beta: Tensor) -> tuple[Tensor, Tensor]:
     alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "flow": flow_schedule}
+
+
+# ---------------------------------------------------------------------------------------- the forward process, the loss
 
 
 class Diffusion:
     """A noise schedule, and what the network predicts under it.
 
     schedule:   linear, cosine or flow
-    prediction: eps, the noise; x0, the image; or v, the velocity a' x0 + s' eps, where a' and s' are derivatives. With
-                linear and cosine, a = cos(phi) and s = sin(phi) for some angle phi, so the derivative by phi is
-                (-s, a) (arXiv 2202.00512). With flow, the derivative by tau is (-1, 1).
+    prediction: eps, the noise; x0, the image; or v, the velocity alpha' x0 + sigma' eps. The derivatives alpha' and
+                sigma' are by the angle phi for linear and cosine, where alpha = cos(phi) and sigma = sin(phi)
+                (arXiv 2202.00512), and by tau for flow, where they are -1 and 1.
     timesteps:  T; the network sees t in 0 ... T - 1
-    device:     that of the images, where the tables are kept too
+    device:     that of the images
+    min_snr:    weight the loss by min(SNR, min_snr), see `loss_divisor`
 
     Raises ValueError for other names, and for T below 2.
     """
 
     def __init__(
         self, schedule: str = "linear", prediction: str = "eps", timesteps: int = 1000,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", min_snr: float | None = None,
     ):
         for what, name, known in (("schedule", schedule, SCHEDULES), ("prediction", prediction, PREDICTIONS)):
             if name not in known:
@@ -78,116 +95,110 @@ class Diffusion:
         self.config = dict(schedule=schedule, prediction=prediction, timesteps=timesteps)
         self.prediction, self.T = prediction, timesteps
 
-        a, s = schedule_table(schedule, timesteps)
-        da, ds = (-s, a) if schedule != "flow" else (-torch.ones_like(a), torch.ones_like(s))
-        # x0 is x_factor x_t + out_factor out: (x_t - s eps) / a for eps, (s' x_t - s v) / (a s' - s a') for v.
+        alpha, sigma = SCHEDULES[schedule](timesteps)
+        if schedule == "flow":
+            d_alpha, d_sigma = -torch.ones_like(alpha), torch.ones_like(sigma)
+        else:
+            d_alpha, d_sigma = -sigma, alpha
+        # x0 = x_factor x_t + out_factor out: (x_t - sigma eps) / alpha for eps,
+        # (sigma' x_t - sigma v) / (alpha sigma' - sigma alpha') for v.
         x_factor, out_factor = {
-            "eps": (1 / a, -s / a),
-            "x0": (torch.zeros_like(a), torch.ones_like(a)),
-            "v": (ds / (a * ds - s * da), -s / (a * ds - s * da)),
+            "eps": (1 / alpha, -sigma / alpha),
+            "x0": (torch.zeros_like(alpha), torch.ones_like(alpha)),
+            "v": (d_sigma / (alpha * d_sigma - sigma * d_alpha), -sigma / (alpha * d_sigma - sigma * d_alpha)),
         }[prediction]
-        # The samplers use plain numbers of double precision. Index -1 is the clean image.
-        self.a, self.s = [*a.tolist(), 1.0], [*s.tolist(), 0.0]
+
+        # Samplers use plain numbers of double precision; index -1 is the clean image. Training uses float32 tables.
+        self.alpha, self.sigma = [*alpha.tolist(), 1.0], [*sigma.tolist(), 0.0]
         self.x_factor, self.out_factor = x_factor.tolist(), out_factor.tolist()
+        self.tables, self.device = {}, device
+        self.add_tables(
+            alpha=torch.tensor(self.alpha, dtype=torch.float64),
+            sigma=torch.tensor(self.sigma, dtype=torch.float64),
+            d_alpha=d_alpha, d_sigma=d_sigma, x_factor=x_factor, out_factor=out_factor,
+        )
+        self.tables["loss_divisor"] = self.loss_divisor(min_snr)
 
-        # Training uses float32 tables. They are computed in double precision, since beta is the difference of almost
-        # equal numbers. The variance at t = 0 is 0, which has no logarithm, so it becomes that at t = 1 (iDDPM's code).
-        posterior = torch.tensor([self.posterior(t, t - 1) for t in range(timesteps)], dtype=torch.float64)
-        _, c0, variance, beta = posterior.unbind(1)
-        variance[0] = variance[1]
-        a, s = (torch.tensor(numbers, dtype=torch.float64) for numbers in (self.a, self.s))
-        tables = dict(a=a, s=s, da=da, ds=ds, x_factor=x_factor, out_factor=out_factor, c0=c0)
-        tables |= dict(log_variance=variance.log(), log_beta=beta.log())
-        self.tables = {name: table.float().to(device) for name, table in tables.items()}
+    def add_tables(self, **tables: Tensor) -> None:
+        """Keep tables of one number a timestep, (T,) or longer, as float32 on the device."""
+        self.tables |= {name: table.float().to(self.device) for name, table in tables.items()}
 
-    def at(self, name: str, t: Tensor | int) -> Tensor:
+    def extract(self, name: str, t: Tensor | int) -> Tensor:
         """A table's values at the timesteps t (B,), or at one for all, shaped (B or 1, 1, 1, 1) to multiply images."""
         return self.tables[name][t].view(-1, 1, 1, 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """DDPM Eq. 4: x_t = a_t x0 + s_t eps, at once for any timesteps t (B,)."""
-        return self.at("a", t) * x0 + self.at("s", t) * eps
+        """DDPM Eq. 4: x_t = alpha_t x0 + sigma_t eps, in one step for any timesteps t (B,)."""
+        return self.extract("alpha", t) * x0 + self.extract("sigma", t) * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is asked to predict at x_t = q_sample(x0, t, eps)."""
+        """What the network should predict at x_t = q_sample(x0, t, eps)."""
         if self.prediction == "v":
-            return self.at("da", t) * x0 + self.at("ds", t) * eps
+            return self.extract("d_alpha", t) * x0 + self.extract("d_sigma", t) * eps
         return eps if self.prediction == "eps" else x0
+
+    def training_loss(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """DDPM Algorithm 1, line 5: the loss of each image, (B,). A training step follows the gradient of its mean.
+
+        x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0
+        """
+        x_t = self.q_sample(x0, t, eps)                          # (B, C, H, W)
+        out = model(x_t, t, y).float()                           # (B, C, H, W)
+        error = out - self.target(x0, t, eps)
+        loss = error.square().flatten(1).mean(1)                 # (B,)
+        return loss / self.tables["loss_divisor"][t]
+
+    def loss_divisor(self, min_snr: float | None) -> Tensor:
+        """What the squared error is divided by at each timestep, (T,).
+
+        It is 1, as in DDPM's L_simple, except for a predicted x0. There, timesteps of little noise, at which x0 is easy
+        to see, would hardly count. So the loss is that of the v which x0_hat implies: v_hat - v is (x0 - x0_hat) /
+        sigma, with a sigma of at least 0.05 (JiT, arXiv 2511.13720, section 4.3).
+
+        min_snr: use the squared error of x0_hat times min(SNR, min_snr) instead, where SNR = (alpha / sigma)^2
+                 (arXiv 2303.09556). An error in `out` is an error in x0_hat that is out_factor times as large.
+        """
+        alpha, sigma = self.tables["alpha"][:-1], self.tables["sigma"][:-1]
+        if min_snr is not None:
+            return 1 / ((alpha / sigma).square().clamp(max=min_snr) * self.tables["out_factor"].square())
+        if self.prediction == "x0":
+            return sigma.clamp(min=0.05).square()
+        return torch.ones_like(sigma)
+
+    # ------------------------------------------------------------------------------------------- the reverse process
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
         """The x0_hat that follows from a prediction `out` at x_t. t is (B,), or one timestep for all images."""
         if isinstance(t, int):
             return self.x_factor[t] * x_t + self.out_factor[t] * out
-        return self.at("x_factor", t) * x_t + self.at("out_factor", t) * out
-
-    def step(self, x_t: Tensor, x0_hat: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
-        """DDIM's step (arXiv 2010.02502, Eq. 12) from x_t towards x0_hat, to the noise level of s < t, (B,) or one."""
-        eps_hat = (x_t - self.at("a", t) * x0_hat) / self.at("s", t)
-        return self.at("a", s) * x0_hat + self.at("s", s) * eps_hat
-
-    def undo_step(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The x0_hat with which `step` leads from x_t to x_s."""
-        ratio = self.at("s", s) / self.at("s", t)
-        return (x_s - ratio * x_t) / (self.at("a", s) - ratio * self.at("a", t))
+        return self.extract("x_factor", t) * x_t + self.extract("out_factor", t) * out
 
     def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
-        """One step back, from t to any timestep s < t, where -1 is the clean image. Returns (c, c0, variance, beta).
+        """A reverse step from t to any timestep s < t, where -1 is the clean image: (c_t, c_0, variance, beta).
 
-        q(x_t | x_s) is N(r x_s, beta) with r = a_t / a_s, and q(x_s | x_t, x0) is N(c x_t + c0 x0, variance). Under
-        linear and cosine with s = t - 1 they are DDPM Eq. 2 and 6-7. A smaller s is respacing (iDDPM, section 4).
+        q(x_t | x_s) is N(r x_s, beta) with r = alpha_t / alpha_s, and q(x_s | x_t, x0) is N(c_t x_t + c_0 x0,
+        variance). Under linear and cosine with s = t - 1 they are DDPM Eq. 2 and 6-7. A smaller s is respacing (iDDPM,
+        section 4).
         """
-        a, sigma = self.a, self.s  # sigma, because here s is a timestep
-        r = a[t] / a[s]
+        alpha, sigma = self.alpha, self.sigma
+        r = alpha[t] / alpha[s]
         beta = sigma[t] ** 2 - (r * sigma[s]) ** 2
         ratio = (sigma[s] / sigma[t]) ** 2
-        return r * ratio, a[s] * beta / sigma[t] ** 2, beta * ratio, beta
+        return r * ratio, alpha[s] * beta / sigma[t] ** 2, beta * ratio, beta
 
-    def reverse_log_variance(self, mix: Tensor, t: Tensor) -> Tensor:
-        """The log variance of the reverse step from t (B,) to t - 1.
-
-        Without a learned variance, mix is empty and the result is the log of the posterior's variance. Otherwise mix
-        (B, C, H, W), the second half of the output, leads from that (at -1) to log beta (at 1): iDDPM Eq. 15, where
-        v is (mix + 1) / 2.
-        """
-        low, high = self.at("log_variance", t), self.at("log_beta", t)
-        return torch.lerp(low, high, (mix + 1) / 2) if mix.shape[1] else low
-
-    def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound (DDPM Eq. 5) that belongs to t, in bits per dimension, (B,).
-
-        For t > 0 it is the KL divergence of q(x_{t-1} | x_t, x0) from the model's step. For t = 0 it is the negative
-        log-likelihood of x0, an image of 256 levels, under the last step.
-        """
-        true_log_variance = self.at("log_variance", t)
-        kl = 0.5 * (
-            log_variance - true_log_variance - 1
-            + (true_log_variance - log_variance).exp()
-            + (self.at("c0", t) * (x0 - x0_hat)) ** 2 * (-log_variance).exp()  # the means share c x_t
-        )
-        nll = -discretized_log_likelihood(x0, x0_hat, log_variance)  # at t = 0 the mean is x0_hat
-        at_zero = (t == 0).view(-1, 1, 1, 1)
-        return torch.where(at_zero, nll, kl).flatten(1).mean(1) / math.log(2)
+    def reverse_std(self, t: int, s: int, out: Tensor) -> Tensor | float:
+        """The standard deviation of the noise that a reverse step adds. variance.py learns it from `out` instead."""
+        return math.sqrt(self.posterior(t, s)[2])
 
 
-def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """DDPM Eq. 13: log P(x), elementwise, of an 8-bit value x in [-1, 1], under N(mean, variance) cut into 256 bins."""
-    def cdf(z):  # of the standard normal, approximated by tanh as in the published models, to agree with them
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    inverse_std = (-0.5 * log_variance).exp()  # below, 1 / 255 is half a bin, since the levels are 2 / 255 apart
-    below, above = cdf((x - mean - 1 / 255) * inverse_std), cdf((x - mean + 1 / 255) * inverse_std)
-    p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))  # the outer bins are open
-    return p.clamp(min=1e-12).log()
-
-
-def draw_timesteps(
+def sample_timesteps(
     n: int, T: int, distribution: str = "uniform", generator: torch.Generator | None = None, mean: float = 0.0
 ) -> Tensor:
-    """n timesteps in 0 ... T - 1, int64, on the CPU, in rising order: one from each of n equally probable parts.
+    """n timesteps in 0 ... T - 1, int64, on the CPU, in rising order: one from each of n equally probable intervals.
 
     So each batch covers all noise levels, and its loss varies less. uniform is DDPM's distribution. logit-normal is the
     sigmoid of a normal variable of variance 1, and prefers the middle timesteps (arXiv 2403.03206, section 3.1). A mean
-    of this variable above 0 prefers those of more noise.
+    of this variable above 0 prefers timesteps of more noise. Raises ValueError for other distributions.
     """
     u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     if distribution == "logit-normal":
@@ -205,49 +216,28 @@ def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
     return torch.where(u < p, null, y)
 
 
-def training_loss(
-    diffusion: Diffusion, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, snr_gamma: float | None = None
-) -> Tensor:
-    """DDPM Algorithm 1, line 5: the loss of each image, (B,). A training step follows the gradient of its mean.
+def guide(
+    model: Callable, y: Tensor, null: int, weight: float | Tensor = 1.0, interval: tuple[float, float] = (0, math.inf)
+) -> Callable[..., Tensor]:
+    """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
 
-    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, t: (B,) timesteps, eps: noise like x0
-
-    The loss is the squared error of the network's output. With snr_gamma it is that of x0_hat instead, times
-    min(SNR, snr_gamma), where SNR = a^2 / s^2 (min-SNR, arXiv 2303.09556). Without it, a predicted x0 is measured by
-    the error of the v that it implies, with a divisor of at least 0.05 (JiT, arXiv 2511.13720, section 4.3; for linear
-    and cosine it is the weight SNR + 1 of arXiv 2202.00512, section 4). Otherwise timesteps of little noise, where x0
-    is easy to see, would hardly count. A model of 2C channels is trained with the hybrid loss L_simple + lambda L_vlb
-    (iDDPM, Eq. 16). L_vlb is a sum over T timesteps. With lambda = 1 / T, one random timestep stands for the sum. (The
-    paper's lambda of 0.001 is that of T = 1000.)
+    out = unconditional + weight (conditional - unconditional). Weight 0 ignores the labels, 1 is the plain conditional
+    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) Outside of interval = (low, high), the
+    weight is 1 (arXiv 2404.07724). t is (B,), or one timestep for all images.
     """
-    C = x0.shape[1]
-    x_t = diffusion.q_sample(x0, t, eps)
-    out = model(x_t, t, y).float()
-    error = out[:, :C] - diffusion.target(x0, t, eps)
-    loss = error.square().flatten(1).mean(1)
-    if snr_gamma is not None:
-        a, s, out_factor = (diffusion.tables[name][t] for name in ("a", "s", "out_factor"))
-        # An error in `out` is an error in x0_hat that is out_factor times as large.
-        loss = loss * (((a / s) ** 2).clamp(max=snr_gamma) * out_factor**2)
-    elif diffusion.prediction == "x0":
-        loss = loss / diffusion.tables["s"][t].clamp(min=0.05) ** 2  # because v_hat - v is (x0 - x0_hat) / s
-    if out.shape[1] == 2 * C:
-        x0_hat = diffusion.predict_x0(out[:, :C].detach(), x_t, t)  # detached, so L_vlb teaches only the variance
-        log_variance = diffusion.reverse_log_variance(out[:, C:], t)
-        loss = loss + diffusion.variational_bound(x0, x0_hat, log_variance, t)
-    return loss
+    low, high = interval
+    nulls = torch.full_like(y, null)
 
+    def predict(x_t: Tensor, t: Tensor | int) -> Tensor:
+        t = torch.as_tensor(t, device=y.device).expand(len(y))
+        w = torch.where(((low <= t) & (t <= high)).view(-1, 1, 1, 1), weight, 1.0)
+        if (w == 1).all():
+            return model(x_t, t, y).float()
+        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, nulls])).float()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + w * (conditional - unconditional)
 
-# ---------------------------------------------------------------------------------------------------------- sampling
-#
-# A sampler takes noise x (B, C, H, W) at timesteps[0] and returns images. It calls `predict` once for each timestep.
-#
-#   predict(x_t, t)  the network's output for the whole batch at one timestep t, see `guide`
-#   timesteps        decreasing, from T - 1 to 0, see `spaced_timesteps`
-#   noise()          a fresh N(0, I) tensor like x
-#   options          clip, known and callback, see `denoise`
-#
-# Here s is the timestep after t on the way back. Therefore the s of the schedule is called sigma.
+    return predict
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
@@ -257,129 +247,85 @@ def spaced_timesteps(T: int, steps: int) -> list[int]:
     return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
 
 
-def guide(
-    model: Callable, y: Tensor, null: int, weight: float = 1.0, interval: tuple[int, int] | None = None
-) -> Callable[..., Tensor]:
-    """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
-
-    out = unconditional + weight (conditional - unconditional). Weight 0 ignores the labels, 1 is the plain conditional
-    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) With interval = (low, high), the weight is
-    1 where not low <= t <= high (arXiv 2404.07724). A learned variance is never guided. t is (B,), or one timestep for
-    all images. predict(x_t, t, d) hands the size d of a step on to a shortcut model.
-    """
-    low, high = interval or (0, math.inf)
-
-    def predict(x_t: Tensor, t: Tensor | int, d: Tensor | int | None = None) -> Tensor:
-        C, nulls = x_t.shape[1], torch.full_like(y, null)
-        t, *d = (torch.as_tensor(n, device=y.device).expand(len(y)) for n in (t, d) if n is not None)
-        guided = (low <= t) & (t <= high) & (weight != 1)
-        if not guided.any() or (weight == 0 and guided.all()):  # one of the two predictions is enough
-            return model(x_t, t, nulls if guided.any() else y, *d).float()
-        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, nulls]), *d).float()
-        conditional, unconditional = both.chunk(2)
-        w = torch.where(guided, weight, 1.0).view(-1, 1, 1, 1)
-        guided = unconditional[:, :C] + w * (conditional[:, :C] - unconditional[:, :C])
-        return torch.cat([guided, conditional[:, C:]], dim=1)
-
-    return predict
+def clip(x0_hat: Tensor, x_t: Tensor, t: int) -> Tensor:
+    """Clamp x0_hat to [-1, 1], where images are. x_t is noisy, and must be free to leave that range."""
+    return x0_hat.clamp(-1, 1)
 
 
-def denoise(
-    diffusion: Diffusion, predict: Callable, x: Tensor, t: int, clip: bool = True,
-    known: tuple[Tensor, Tensor] | None = None, callback: Callable | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What all samplers do at x_t: find x0_hat. Returns it with the second half of the output, which may be empty.
-
-    clip clamps x0_hat to [-1, 1], where images are. x_t is noisy, and must be free to leave that range. The callback is
-    called with (t, x_t, x0_hat).
-
-    known = (image, mask) is for inpainting. Where the mask is True, the image is given, and takes the place of x0_hat.
-    So this part of x_t is what the forward process would make of it, and the network fills in the rest to fit.
-    (RePaint, arXiv 2201.09865, replaces the part in x_t, and also goes back to repeat each step several times.)
-    """
-    out, mix = predict(x, t).tensor_split([x.shape[1]], dim=1)
-    x0_hat = diffusion.predict_x0(out, x, t)
-    if clip:
-        x0_hat = x0_hat.clamp(-1, 1)
-    if known is not None:
-        x0_hat = torch.where(known[1], known[0], x0_hat)
-    if callback is not None:
-        callback(t, x, x0_hat)
-    return x0_hat, mix
+# A sampler turns noise x (B, C, H, W) at timesteps[0] into images. All samplers have the same arguments:
+#
+#   predict(x_t, t)             the network's output for the whole batch at one timestep t, see `guide`
+#   timesteps                   decreasing, from T - 1 to 0, see `spaced_timesteps`
+#   noise()                     a fresh N(0, I) tensor like x
+#   constrain(x0_hat, x_t, t)   returns the x0_hat to use: clamped, as by `clip`, or with a part that is known
 
 
 @torch.no_grad()
 def ddpm(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable, **options
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable,
+    constrain: Callable = clip,
 ) -> Tensor:
-    """DDPM Algorithm 2: each step draws from q(x_s | x_t, x0_hat), with the posterior's variance or a learned one.
+    """DDPM Algorithm 2: each step samples from q(x_s | x_t, x0_hat).
 
-    The paper's line 4 writes the same mean in terms of eps_hat. Going through x0_hat (Eq. 7) allows us to clip it. The
-    posterior's variance is one of the two that the paper tries; the other is beta (section 3.2).
+    The paper's line 4 writes the same mean in terms of eps_hat. With x0_hat (Eq. 7) it can be clamped. The posterior's
+    variance is one of the two that the paper tries; the other is beta (section 3.2).
     """
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, mix = denoise(diffusion, predict, x, t, **options)
-        c, c0, variance, beta = diffusion.posterior(t, s)
-        x = c * x + c0 * x0_hat
-        if s < 0:
-            break  # the clean image: no noise
-        low, high = math.log(variance), math.log(beta)  # for any s, while the tables of Diffusion hold s = t - 1
-        std = (0.5 * (low + (mix + 1) / 2 * (high - low))).exp() if mix.shape[1] else math.sqrt(variance)
-        x = x + std * noise()
+        out = predict(x, t)
+        x0_hat = constrain(diffusion.predict_x0(out, x, t), x, t)
+        c_t, c_0, _, _ = diffusion.posterior(t, s)
+        x = c_t * x + c_0 * x0_hat
+        if s >= 0:  # the clean image gets no noise
+            x = x + diffusion.reverse_std(t, s, out) * noise()
     return x
+
+
+# ------------------------------------------------------------------------------------------------ samplers in few steps
 
 
 @torch.no_grad()
 def ddim(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
-    eta: float = 0.0, **options,
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable,
+    constrain: Callable = clip, eta: float = 0.0,
 ) -> Tensor:
-    """DDIM, arXiv 2010.02502, Eq. 12 and 16: go on with x0_hat and eps_hat to the noise level of s.
+    """DDIM, arXiv 2010.02502, Eq. 12 and 16: combine x0_hat and eps_hat at the noise level of s.
 
     With eta = 0 it is deterministic, and for flow it is Euler's method. With eta = 1 it is DDPM.
     """
-    if eta and noise is None:
-        raise ValueError("eta above 0 adds noise: give the function that draws it, or eta 0")
-    a, sigma = diffusion.a, diffusion.s
+    alpha, sigma = diffusion.alpha, diffusion.sigma
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, _ = denoise(diffusion, predict, x, t, **options)
-        eps_hat = (x - a[t] * x0_hat) / sigma[t]  # from x0_hat, which may have been clipped
+        x0_hat = constrain(diffusion.predict_x0(predict(x, t), x, t), x, t)
+        eps_hat = (x - alpha[t] * x0_hat) / sigma[t]  # from x0_hat, which may have been clamped
         variance = eta**2 * diffusion.posterior(t, s)[2]
-        x = a[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
+        x = alpha[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
         if variance > 0:
             x = x + math.sqrt(variance) * noise()
     return x
 
 
 @torch.no_grad()
-def dpm_solver(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], **options) -> Tensor:
+def dpm_solver(
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
+    constrain: Callable = clip,
+) -> Tensor:
     """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM with an x0_hat that is extrapolated from the last two.
 
-    It is of second order in h, the difference of lambda = log(a / s) between two timesteps. Only the first step, which
-    has no x0_hat before it, and the last, where lambda goes to infinity, are of first order.
+    It is of second order in h, the difference of lambda = log(alpha / sigma) between two timesteps. Only the first
+    step, which has no x0_hat before it, and the last, where lambda goes to infinity, are of first order. It adds no
+    noise.
     """
-    a, sigma = diffusion.a, diffusion.s
-    before = None  # x0_hat and h of the step before
+    alpha, sigma = diffusion.alpha, diffusion.sigma
+    previous_x0_hat = previous_h = None
     for t, s in pairwise([*timesteps, -1]):
-        x0_hat, _ = denoise(diffusion, predict, x, t, **options)
+        x0_hat = constrain(diffusion.predict_x0(predict(x, t), x, t), x, t)
         if s < 0:
             return x0_hat
-        h = math.log(a[s] / sigma[s]) - math.log(a[t] / sigma[t])
-        D = x0_hat if before is None else x0_hat + h / (2 * before[1]) * (x0_hat - before[0])  # the paper's D
-        x = sigma[s] / sigma[t] * x - a[s] * math.expm1(-h) * D
-        before = x0_hat, h
+        h = math.log(alpha[s] / sigma[s]) - math.log(alpha[t] / sigma[t])
+        D = x0_hat  # the paper's D
+        if previous_x0_hat is not None:
+            D = x0_hat + h / (2 * previous_h) * (x0_hat - previous_x0_hat)
+        x = sigma[s] / sigma[t] * x - alpha[s] * math.expm1(-h) * D
+        previous_x0_hat, previous_h = x0_hat, h
 
 
-@torch.no_grad()
-def shortcut(diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], **options) -> Tensor:
-    """Shortcut models, arXiv 2410.12557, Algorithm 2: DDIM's steps, of whose size d the network is told.
-
-    timesteps are those of shortcut.shortcut_timesteps, because only such steps were learned. See there how.
-    """
-    for t, s in pairwise([*timesteps, -1]):
-        x0_hat, _ = denoise(diffusion, partial(predict, d=t - s), x, t, **options)
-        x = diffusion.step(x, x0_hat, t, s)
-    return x
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver, "shortcut": shortcut}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

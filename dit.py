@@ -1,10 +1,10 @@
-"""The network: a Diffusion Transformer with adaLN-Zero conditioning (adaptive layer norm that starts at zero).
+"""The network: a Diffusion Transformer (DiT) with adaLN-Zero conditioning (adaptive layer norm, initialized to zero).
 
 Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, sections 3.1 and 3.2.
 
 The network receives a noisy image x, the timestep t that says how noisy it is, and a label y. The image is cut into
 square patches, and each patch becomes one token of a transformer. The timestep and the label become one vector c, which
-steers every layer. The parts stand in this file in the order in which an image passes through them:
+conditions every layer. The classes are in the order in which an image passes through them:
 
     x     -> patches -> tokens -> [DiTBlock] x depth -> FinalLayer -> patches -> prediction
                                       ^                     ^
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 # Each size is (width, depth, heads). S to XL are Table 1 of the paper; N, U and T (nano, micro, tiny) are for digits.
 SIZES = {
@@ -46,8 +45,7 @@ class DiTConfig:
     hidden_size: D, the width of a token; a multiple of num_heads and of 4
     mlp_ratio:   the width inside the MLP, divided by D
     num_classes: 0 for an unconditional model; the null class ("no label") gets the index num_classes
-    learn_sigma: predict 2C channels; the second half sets the variance of a sampling step (diffusion.py)
-    shortcut:    the network is told the size of the step for which it predicts, so that it can learn long ones
+    learn_sigma: predict 2C channels; the second half sets the variance of a reverse step (variance.py)
 
     Raises ValueError, with the fix in its message, where the numbers do not fit together.
     """
@@ -61,23 +59,32 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 10
     learn_sigma: bool = False
-    shortcut: bool = False
 
     def __post_init__(self):
-        size, patch, D, heads = self.image_size, self.patch_size, self.hidden_size, self.num_heads
         for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}: use 0 for an unconditional model")
-        if int(D * self.mlp_ratio) < 1:
+        if int(self.hidden_size * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}: it must leave the MLP at least one unit")
-        if size % patch:
-            fits = f"a patch size among {[p for p in range(1, size + 1) if size % p == 0]}"
-            raise ValueError(f"image_size {size} is not a multiple of patch_size {patch}: use {fits}, or another size")
-        for n, what in ((heads, f"num_heads {heads}: use hidden_size"), (4, "4 (sine and cosine of row, column): use")):
-            if D % n:
-                raise ValueError(f"hidden_size {D} is not a multiple of {what} {math.ceil(D / n) * n}")
+        if self.image_size % self.patch_size:
+            divisors = [p for p in range(1, min(self.image_size, 4096) + 1) if self.image_size % p == 0]
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
+                f"use a patch size among {divisors}, or another image size"
+            )
+        if self.hidden_size % self.num_heads:
+            fitting = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                f"use hidden_size {fitting}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 4 (sine and cosine of row and column): "
+                f"use {math.ceil(self.hidden_size / 4) * 4}"
+            )
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -165,27 +172,17 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU (arXiv 1606.08415) in its tanh form, x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3).
-
-    Since (1 + tanh u) / 2 is sigmoid(2u), both returns below are the same function. Compiled for a CPU, the sigmoid is
-    three times as fast as the tanh, which saves one eighth of a training step.
-    """
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
-
-
 class Mlp(nn.Module):
     """Two linear layers around a GELU, (B, N, D) -> (B, N, D)."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -236,22 +233,15 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The Diffusion Transformer.
+    """The Diffusion Transformer."""
 
-    gradient_checkpointing: compute the activations inside a block again in the backward pass, rather than keep them.
-    That takes about a third more time, and a small fraction of the memory.
-    """
-
-    def __init__(self, config: DiTConfig, gradient_checkpointing: bool = False):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
         D, P, C = config.hidden_size, config.patch_size, config.in_channels
         self.x_embedder = PatchEmbed(P, C, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
-        if config.shortcut:
-            self.d_embedder = TimestepEmbedder(D)
         # The positions are fixed. A learned table would converge to much the same on one small grid.
         self.register_buffer("pos_embed", position_table(config.image_size // P, D))
         self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
@@ -265,24 +255,26 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # flat, because it acts as a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.t_embedder, *([self.d_embedder] if self.config.shortcut else [])):
-            for module in (embedder.mlp[0], embedder.mlp[2]):
-                nn.init.normal_(module.weight, std=0.02)
-        # With the official code's 0.02, labels would have almost no effect at first; with 0.5 they count at once.
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # With the official code's 0.02, labels would have almost no effect at first.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.5)
-        # These zeros come last, so that nothing above undoes them. Each block starts as the identity, the output as 0.
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        sizes = [self.d_embedder.mlp[2]] if self.config.shortcut else []  # at first, no step is told from another
-        for module in (*modulations, self.final_layer.linear, *sizes):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        # The zeros come last, so that nothing above undoes them. Each block starts as the identity, the output as 0.
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, d: Tensor | None = None) -> Tensor:
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """The vector c (B, D) that conditions every layer, for timesteps t (B,) and labels y (B,)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """What the network predicts for noisy images x: (B, C, H, W), or (B, 2C, H, W) with learn_sigma.
 
         x: (B, C, H, W) float; t: (B,) timesteps in [0, T); y: (B,) int64 labels in 0 ... num_classes, where the last is
-        the null class. Without y all labels are the null class. d: (B,) sizes of the steps to come, in timesteps, for a
-        shortcut network alone. Raises ValueError for images of another shape, and for a d too few or too many.
+        the null class. Without y all labels are the null class. Raises ValueError for images of another shape.
         """
         config = self.config
         expected = (config.in_channels, config.image_size, config.image_size)
@@ -291,16 +283,11 @@ class DiT(nn.Module):
                 f"this DiT takes images of shape {expected}, not {tuple(x.shape[1:])}: "
                 "resize and crop them, or change its config"
             )
-        if (d is not None) != config.shortcut:
-            raise ValueError("the size d of a step is for shortcut networks, and for these alone")
         if y is None:
-            y = torch.full_like(t, config.num_classes, dtype=torch.long)
+            y = torch.full((len(x),), config.num_classes, device=x.device)
         x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
-        if config.shortcut:
-            c = c + self.d_embedder(d)
-        for block in self.blocks:                        # (B, N, D)
-            again = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, c, use_reentrant=False) if again else block(x, c)
+        c = self.condition(t, y)                         # (B, D)
+        for block in self.blocks:
+            x = block(x, c)                              # (B, N, D)
         x = self.final_layer(x, c)                       # (B, N, P*P*C_out)
         return unpatchify(x, config.patch_size)          # (B, C_out, H, W)

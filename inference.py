@@ -1,4 +1,4 @@
-"""Draw images with a trained DiT: a grid, the way from noise to digit, an animation, or many for an evaluation.
+"""Sample images with a trained DiT: a grid, the path from noise to digit, an animation, or many for an evaluation.
 
     python inference.py                                     rows 0 to 9 of digits, one picture
     python inference.py --labels 3 1 4 1 5 --guidance 2
@@ -6,17 +6,16 @@
     python inference.py --interpolate 3 8 --gif --sampler shortcut --steps 1
     torchrun --nproc-per-node=4 inference.py --npz samples.npz --count 50000
 
-This is the command line. The drawing itself is in sampling.py.
+This is the command line. The sampling itself is in sampling.py, and that of distilled weights in distill.py.
 """
 
 import argparse
+import errno
 import math
 import os
-import zipfile
-from collections.abc import Iterator
+import shutil
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,9 +25,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from cli import RANK, WORLD, Parser, UsageError, add_model_flags, number, open_model, output_path, run_script
-from sampling import TrainedModel, grid, image_noise, sample, slerp, timesteps, to_uint8
+import dataset
+from cli import (
+    BUNDLED_WEIGHTS,
+    DISTILLED_WEIGHTS,
+    RANK,
+    WORLD,
+    Parser,
+    UsageError,
+    guidance_settings,
+    number,
+    output_path,
+    pick_device,
+    run_script,
+)
+from distill import STEP_COUNTS, ShortcutDiT, ShortcutModel
+from run import RUNS
+from sampling import TrainedModel, crossfade, grid, image_noise, slerp, to_uint8
 
+DEFAULT_STEPS = {**TrainedModel.default_steps, **ShortcutModel.default_steps}
 # The slices of rows and columns that make a half of an image of S pixels a side.
 HALVES = {
     "left": lambda S: (slice(None), slice(S // 2)), "right": lambda S: (slice(None), slice(S // 2, S)),
@@ -36,24 +51,100 @@ HALVES = {
 }
 
 
+# ------------------------------------------------------------------------------------------------ weights and settings
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for weights and sampler, which evaluate.py has, too. `open_model` reads them."""
+    flag = parser.add_argument_group("weights").add_argument
+    flag("--checkpoint", type=Path, help="a file, or the folder of a run (default: the newest run, else bundled)")
+    flag("--model", help="for official DiT weights, the model that they are of, such as DiT-XL/2")
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same images (default: 0)")
+    flag("--sampler", choices=list(DEFAULT_STEPS), help="(default: dpm++, or for distilled weights shortcut, which is "
+         "only for these)")
+    steps = ", ".join(f"{n} for {name}" for name, n in DEFAULT_STEPS.items())
+    flag("--steps", type=int, help=f"sampling steps (default: {steps})")
+    flag("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 for none, 1 as in ddpm")
+    flag("--guidance", type=float, nargs="+", metavar="W", help="0 ignores the label, 1 is plain, above 1 exaggerates "
+         "it; with LOW HIGH, only at these timesteps (default: what suits the weights)")
+    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of matrix products; bf16 is faster on GPUs and "
+         "some CPUs, and changes the images a little (default: fp32)")
+    flag("--batch-size", type=number(int, 1), default=250, help="images at a time, which does not change them")
+    flag("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
+
+
+def find_checkpoint(sampler: str | None = None) -> Path:
+    """The newest run that has samples, else the bundled weights; for the shortcut sampler, the distilled ones.
+
+    Raises UsageError where there are none.
+    """
+    if sampler == "shortcut":
+        return DISTILLED_WEIGHTS
+    runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs = [path for path in runs if [*path.parent.glob("samples/*")] or not path.with_name("samples").exists()]
+    path = runs[-1] if runs else BUNDLED_WEIGHTS
+    if not path.is_file():
+        raise UsageError("no weights yet: train some with python train.py, or give a file with --checkpoint")
+    return path
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", model: str | None = None) -> TrainedModel:
+    """The model of a checkpoint. model: the name of official weights. Raises CheckpointError."""
+    state = checkpoint.load(path, model)
+    distilled = state.get("network") == ShortcutDiT.__name__
+    if distilled:
+        return ShortcutModel(*checkpoint.build(state, device, ShortcutDiT))
+    return TrainedModel(*checkpoint.build(state, device))
+
+
+def open_model(args: argparse.Namespace) -> TrainedModel:
+    """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
+    args.checkpoint = args.checkpoint or find_checkpoint(args.sampler)
+    trained = load_model(args.checkpoint, pick_device(args.device), args.model)
+    T, distilled = trained.diffusion.T, isinstance(trained, ShortcutModel)
+    args.sampler = args.sampler or trained.settings["sampler"]
+    if args.sampler not in trained.samplers:
+        fix = "sample from it only with --sampler shortcut" if distilled else "use another --sampler"
+        raise UsageError(f"{args.checkpoint} was {'' if distilled else 'not '}distilled: {fix}")
+    if distilled and args.guidance:
+        raise UsageError(f"{args.checkpoint} was distilled with its guidance, which is fixed: set none")
+    steps = min(DEFAULT_STEPS[args.sampler], T) if args.steps is None else args.steps
+    if distilled and steps not in STEP_COUNTS:
+        raise UsageError(f"--steps is {steps}: use {', '.join(map(str, STEP_COUNTS))}, which these weights learned")
+    if not 1 <= steps <= T:
+        raise UsageError(f"--steps is {steps}: use 1 to {T}, the timesteps that the model knows")
+    if args.eta and args.sampler != "ddim":
+        raise UsageError(f"--eta is {args.eta}: leave it out, or use it with --sampler ddim")
+    trained.settings |= dict(
+        seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta, precision=args.precision
+    )
+    if args.guidance:
+        trained.settings |= guidance_settings(args.guidance, T)
+    return trained
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
-    parser = Parser(description="Draw images with a trained DiT.")
-    what = parser.add_argument_group("what to draw")
+    parser = Parser("inference.py", "Sample images with a trained DiT.")
+    what = parser.add_argument_group("what to sample")
     mode = what.add_mutually_exclusive_group()
     mode.add_argument("--trajectory", action="store_true", help="a row for each label, from noise to image")
-    mode.add_argument("--gif", action="store_true", help="an animation of the denoising")
-    weight = number(float, -checkpoint.MOST_GUIDANCE, checkpoint.MOST_GUIDANCE)
-    mode.add_argument("--compare-guidance", type=weight, nargs="+", metavar="W", help="a row for each weight")
+    mode.add_argument("--gif", action="store_true", help="an animation of the reverse process")
+    weight = number(float, -checkpoint.MAX_GUIDANCE, checkpoint.MAX_GUIDANCE)
+    mode.add_argument("--compare-guidance", type=weight, nargs="+", metavar="W", help="a row for each guidance scale")
     mode.add_argument("--npz", type=Path, metavar="FILE", help="--count images as arr_0 (uint8, NHWC), and labels")
-    what.add_argument("--interpolate", nargs="+", metavar="L", help="a row for each way from a label to the next; with "
-                      "--gif an animation")
+    what.add_argument("--interpolate", nargs="+", metavar="L", help="a row from each label to the next; with --gif an "
+                      "animation")
     what.add_argument("--inpaint", nargs=2, metavar=("HALF", "IMAGE"), help="keep a half of this image file, left, "
-                      "right, top or bottom, and draw the other as --labels say")
+                      "right, top or bottom, and sample the other as --labels say")
     what.add_argument("--labels", nargs="+", metavar="L", help="classes or ranges, a row for each (default: 0-9)")
     what.add_argument("--per-class", type=number(int, 1, 10_000), help="images a label; 1 puts all in one row "
                       "(default: 10)")
-    what.add_argument("--count", type=number(int, 1, 10_000_000), help="images in the --npz file (default: 10000)")
+    what.add_argument("--count", type=number(int, 1, 10**6), help="images in the --npz file (default: 10000)")
     what.add_argument("--output", type=Path, help="a new .png, or .gif for --gif (default: a new name in outputs/)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -67,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.count and not args.npz:
         raise UsageError("--count goes with --npz: use --per-class")
     if (args.trajectory or args.compare_guidance) and args.per_class:
-        raise UsageError("--trajectory and --compare-guidance draw one image a label: leave --per-class out")
+        raise UsageError("--trajectory and --compare-guidance sample one image a label: leave --per-class out")
     if args.compare_guidance:  # each row has its own weight, which acts throughout or at the LOW HIGH of --guidance
         args.guidance = args.guidance or [1.0]
     return args
@@ -97,72 +188,46 @@ def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
     return labels
 
 
-def draw_batches(trained: TrainedModel, labels: Tensor, batch_size: int, world: int) -> Iterator[np.ndarray]:
-    """The images of the labels (n,) in turn: uint8 (b, S, S, C), or latents, which stay float32 (b, C, S, S).
-
-    In each round every one of `world` processes draws a batch, and all of them get the batches of all.
-    """
-    config, n = trained.model.config, len(labels)
-    for first in tqdm(range(0, n, world * batch_size), unit="batch", disable=RANK > 0):
-        indices = range(min(first + RANK * batch_size, n), min(first + (RANK + 1) * batch_size, n))
-        images = torch.empty(0, config.in_channels, config.image_size, config.image_size)
-        if indices:  # in the last round there may be none left for this process
-            images = sample(trained.model, trained.diffusion, labels[indices], indices=indices, **trained.settings)
-        images = to_uint8(images).permute(0, 2, 3, 1) if trained.is_image else images
-        drawn = [images.cpu().numpy()] * world
-        if world > 1:
-            dist.all_gather_object(drawn, drawn[RANK])
-        yield np.concatenate(drawn)
+# ------------------------------------------------------------------------------------------------- what can be sampled
 
 
-def draw_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor) -> Path:
-    """The .npz that --npz asks for. Latents, which have no picture, become an .npz in any case. Returns its path.
+def save_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor) -> Path:
+    """Write the .npz that --npz asks for. Latents, which have no picture, become an .npz in any case.
 
-    The array grows on the disk, so that memory holds one round of batches, and not all images. With --npz the processes
-    of torchrun share the work, and process 0 writes.
+    The images are uint8 (n, S, S, C), or latents float32 (n, C, S, S). With --npz the processes of torchrun share the
+    work, and process 0 writes. Returns the path.
     """
     path = output_path(args.npz or args.output, "latents.npz")
-    n, C, S = len(labels), trained.model.config.in_channels, trained.model.config.image_size
-    shape, dtype = ((n, S, S, C), "|u1") if trained.is_image else ((n, C, S, S), "<f4")
     world = WORLD if args.npz else 1
+    size = len(labels) * math.prod(trained.shape) * (1 if trained.is_image else 4)
+    if shutil.disk_usage(path.parent).free < size:  # before hours of work, and not after
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    bounds = [len(labels) * rank // world for rank in range(world + 1)]
+    mine = range(bounds[RANK], bounds[RANK + 1])
+    images = trained.sample(labels[mine], args.batch_size, mine, show_progress=RANK == 0) if mine else None
+    if trained.is_image and mine:
+        images = to_uint8(images).permute(0, 2, 3, 1)
     if world > 1:
+        gathered = [None] * world if RANK == 0 else None
         dist.init_process_group("gloo")
-
-    def write(file: BinaryIO) -> None:
-        if hasattr(os, "posix_fallocate"):  # so that a disk which is too small shows now
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, dict(descr=dtype, fortran_order=False, shape=shape))
-                for images in draw_batches(trained, labels, args.batch_size, world):
-                    member.write(images.tobytes())
-            with archive.open("labels.npy", "w") as member:
-                np.save(member, labels.numpy())
-
-    if RANK == 0:
-        checkpoint.write_whole(path, write)
-    else:
-        for _ in draw_batches(trained, labels, args.batch_size, world):
-            pass
-    if world > 1:
+        dist.gather_object(images, gathered)
         dist.destroy_process_group()
+        images = torch.cat([part for part in gathered if part is not None]) if RANK == 0 else None
+    if RANK == 0:
+        arrays = dict(arr_0=images.numpy(), labels=labels.numpy())
+        checkpoint.write_whole(path, lambda file: np.savez(file, **arrays))
     return path
 
 
-def known_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Tensor]:
-    """A file's image, and a mask that is True in the half to keep: `known` of diffusion.denoise. Raises UsageError."""
-    import dataset  # only here, since it takes seconds to import
-
-    device, config = trained.model.pos_embed.device, trained.model.config
-    C, S = config.in_channels, config.image_size
-    try:
-        image = dataset.read_image(path).convert("L" if C == 1 else "RGB")
-    except dataset.DataError as error:
-        raise UsageError(str(error)) from error
+def read_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Tensor]:
+    """A file's image, and a mask that is True in the half to keep: `inpaint` of TrainedModel. Raises DataError."""
+    C, S, _ = trained.shape
+    image = dataset.read_image(Path(path)).convert("L" if C == 1 else "RGB")
     pixels = torch.from_numpy(np.array(ImageOps.fit(image, (S, S), Image.Resampling.BILINEAR)))
     mask = torch.zeros(1, 1, S, S, dtype=torch.bool)
     mask[:, :, *HALVES[half](S)] = True
-    return dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2)).to(device), mask.to(device)
+    image = dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2))
+    return image.to(trained.device), mask.to(trained.device)
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -178,84 +243,99 @@ def save_gif(path: Path, images: Tensor, columns: int, durations: list[int]) -> 
     checkpoint.write_whole(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
-def draw_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
-    """The way from each of these labels to the next: the noise of one image turns into that of another, while the label
-    fades. A row for each way; or, with --gif, a film, which ends where it began. Returns the path of the file.
+def save_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
+    """Write the images from each of these labels to the next: the noise moves from one image's to the other's, while one
+    label fades into the other. A row for each pair, or with --gif an animation, which ends where it began. Returns the
+    path.
     """
     if len(labels) < 2:
         raise UsageError("--interpolate needs two labels or more")
     path = output_path(args.output, "interpolation.gif" if args.gif else "interpolation.png")
-    config, images = trained.model.config, []
-    noise = image_noise(args.seed, range(len(labels)), (config.in_channels, *[config.image_size] * 2), "cpu")()
-    ends = [*zip(labels, noise, strict=True)]
-    ends += ends[:1] if args.gif else []
-    share = torch.arange(24) / 24 if args.gif else torch.linspace(0, 1, 10)
-    for (one, a), (other, b) in tqdm([*pairwise(ends)], unit="way", leave=False):
-        start = torch.stack([slerp(a, b, fraction) for fraction in share])
-        y, other = torch.full_like(share, one).long(), torch.full_like(share, other).long()
-        images.append(sample(trained.model, trained.diffusion, y, start=start, fade=(other, share), **trained.settings))
+    noise = image_noise(args.seed, range(len(labels)), trained.shape, "cpu")()
+    ends = list(zip(labels, noise, strict=True))
+    if args.gif:
+        ends.append(ends[0])
+    fractions = torch.arange(24) / 24 if args.gif else torch.linspace(0, 1, 10)
+    guidance = {name: trained.settings[name] for name in ("guidance", "guidance_interval")}
+    images = []
+    for (label, a), (next_label, b) in tqdm(list(pairwise(ends)), unit="pair", leave=False):
+        start = torch.stack([slerp(a, b, fraction) for fraction in fractions])
+        y = torch.full((len(fractions),), label)
+        one, other = (trained.predictor(torch.full_like(y, n), **guidance) for n in (label, next_label))
+        predict = crossfade(one, other, fractions.to(trained.device))
+        images.append(trained.sample_batch(y, start=start, predict=predict, **trained.settings).cpu())
     images = torch.cat(images)
     if args.gif:
         save_gif(path, images[:, None], 1, [60] * len(images))
     else:
-        save_grid(path, images, len(share))
+        save_grid(path, images, len(fractions))
     return path
 
 
-def draw_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
-    """A grid with an image for each label, or one of its relatives. Returns its path."""
-    name = (
-        "trajectory.png" if args.trajectory else "denoising.gif" if args.gif
-        else "guidance.png" if args.compare_guidance else "grid.png"
-    )
-    path = output_path(args.output, name)
-    way = timesteps(trained.settings["sampler"], trained.diffusion.T, trained.settings["steps"])
-    shown = way[:: math.ceil(len(way) / (9 if args.trajectory else 40))]
-    noisy = {t: [] for t in shown if args.trajectory or args.gif}  # x_t of each batch, at the timesteps shown
-    weights = [dict(guidance=weight) for weight in args.compare_guidance or ()] or [{}]
+def save_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
+    """Write a grid with an image for each label, or with a row for each guidance scale. Returns its path."""
+    path = output_path(args.output, "guidance.png" if args.compare_guidance else "grid.png")
+    if args.compare_guidance:
+        rows = [trained.sample(labels, args.batch_size, guidance=weight) for weight in args.compare_guidance]
+        images = torch.cat(rows)
+    else:
+        images = trained.sample(labels, args.batch_size)
+    save_grid(path, images, columns)
+    return path
 
-    def look(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+
+def save_trajectory(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
+    """Write x_t at some timesteps of the reverse process, and the images that it ends with: a row for each label, or
+    with --gif an animation. Returns its path.
+    """
+    path = output_path(args.output, "denoising.gif" if args.gif else "trajectory.png")
+    timesteps = trained.timesteps(trained.settings["sampler"], trained.settings["steps"])
+    noisy = {t: [] for t in timesteps[:: math.ceil(len(timesteps) / (40 if args.gif else 9))]}  # x_t of each batch
+
+    def callback(t: int, x_t: Tensor, x0_hat: Tensor) -> None:
         if t in noisy:
             noisy[t].append(x_t.cpu())
 
-    images = torch.cat([trained.draw(labels, args.batch_size, callback=look, **weight) for weight in weights])
-    way = [torch.cat(x_t) for x_t in noisy.values()] + [images]
-
-    if args.trajectory:
-        save_grid(path, torch.stack(way, dim=1).flatten(0, 1), len(way))
-    elif args.gif:
-        save_gif(path, torch.stack(way), columns, [80] * len(way[1:]) + [2000])  # with a rest on the result
+    images = trained.sample(labels, args.batch_size, callback=callback)
+    frames = torch.stack([torch.cat(x_t) for x_t in noisy.values()] + [images])
+    if args.gif:
+        save_gif(path, frames, columns, [80] * len(noisy) + [2000])  # with a rest on the result
     else:
-        save_grid(path, images, columns)
+        save_grid(path, frames.transpose(0, 1).flatten(0, 1), len(frames))
     return path
 
 
-def draw(args: argparse.Namespace) -> Path:
-    """Draw what the command line asks for. Returns the path of the file. Raises UsageError, CheckpointError."""
+def generate(args: argparse.Namespace) -> Path:
+    """Sample what the command line asks for. Returns the path of the file.
+
+    Raises UsageError, CheckpointError, DataError, FloatingPointError.
+    """
     trained = open_model(args)
     classes = trained.description["classes"]
     picture = args.trajectory or args.gif or args.compare_guidance or args.interpolate or args.inpaint
     if not trained.is_image and picture:
-        raise UsageError("this model makes latents, not pictures: use --npz, or --labels alone")
+        raise UsageError("this model makes latents, not pictures: use --npz, or only --labels")
     if args.interpolate:
-        return draw_interpolation(args, trained, parse_labels(args.interpolate, classes))
+        return save_interpolation(args, trained, parse_labels(args.interpolate, classes))
     if args.inpaint:
-        trained.settings["known"] = known_half(*args.inpaint, trained)
+        trained.settings["inpaint"] = read_half(*args.inpaint, trained)
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     if args.npz:
         labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
     if args.npz or not trained.is_image:
-        return draw_arrays(args, trained, labels)
-    return draw_picture(args, trained, labels, columns=len(labels) if per_class == 1 else per_class)
+        return save_arrays(args, trained, labels)
+    columns = len(labels) if per_class == 1 else per_class
+    save = save_trajectory if args.trajectory or args.gif else save_picture
+    return save(args, trained, labels, columns)
 
 
 def main() -> None:
     args = parse_args()
     if RANK == 0:
-        print(draw(args))
+        print(generate(args))
     elif args.npz:  # for a picture, one process is enough
-        draw(args)
+        generate(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
-"""What is measured of generated digits. Each measure is a row of a table, beside what real images have.
+"""What is measured of generated digits. Each measure is a row of a table, beside the value of real images.
 
-accuracy   the share of samples that the classifier takes for what their label says
-FD         the Fréchet distance to the real test images, in the features of judge.py. It grows where images are few.
-rho        FD divided by the mean FD of as many real images with the same labels, from which the classifier has not
-           learned. So real images have rho 1 at any count. "rho to random training images" divides by the FD of random
-           ones, which is larger: their labels differ a little, and the classifier has learned from most of them.
-precision  the share of samples that lie nearer to some real image than its third-nearest real neighbour does, in the
+accuracy   the fraction of samples that a classifier assigns to their label
+FD         the Fréchet distance to the real test images, squared as in FID (arXiv 1706.08500): the distance of two
+           Gaussians that have the mean and the covariance of each set, in some features. It grows where images are few.
+rho        FD divided by the mean FD of as many real images with the same labels, on which the classifier was not
+           trained. So real images have rho 1 at any count. "rho to random training images" divides by the FD of random
+           ones, which is larger: their labels differ a little, and the classifier was trained on most of them.
+precision  the fraction of samples that are nearer to some real image than its third-nearest real neighbour is, in the
            classifier's features (arXiv 1904.06991)
 recall     the same with samples and real images exchanged. Both are unsteady below some 2,000 images.
+
+There are two spaces of features: the last hidden layer of the classifier, and a network of random filters. (The usual
+ones, of the Inception network, are made for colour photographs and say little of grey digits.)
+assets/classifier.safetensors holds the classifier, assets/reference.safetensors the features of the 10,000 test images
+and of 10,000 training images on which it was not trained ("held out"); tools/train_classifier.py makes both. So samples
+are measured without MNIST on the disk.
 
 Intervals are 95% intervals over the choice of the samples. Compare numbers of equal counts.
 """
@@ -18,77 +25,184 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
-from sklearn.neighbors import NearestNeighbors
-from torch import Tensor
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 import dataset
-import judge
+from cli import ASSETS, UsageError
 from diffusion import Diffusion
 from sampling import grid, seeded
+from variance import LearnedVariance
+
+CLASSIFIER = ASSETS / "classifier.safetensors"
+REFERENCE = ASSETS / "reference.safetensors"
+COUNTS = (20, 100, 1000, 3000, 10_000)  # sample sizes at which the reference holds the mean FD of real images
+RESAMPLES = 100                         # of a bootstrap
 
 Table = dict[str, dict]  # {"recall": {"generated": 0.85, "real": 0.87, "interval": (low, high)}, ...}
 
 
-def measure(images: Tensor, labels: Tensor | None, judges: tuple, against: str = "test") -> Table:
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+def conv(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+
+
+class Classifier(nn.Module):
+    """Images (B, 1, 28, 28) in [-1, 1] -> logits (B, 10), from features (B, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *conv(1, 24), *conv(24, 24), nn.MaxPool2d(2),        # (B, 24, 14, 14)
+            *conv(24, 48), *conv(48, 48), nn.MaxPool2d(2),       # (B, 48, 7, 7)
+            *conv(48, 64), *conv(64, 64), nn.MaxPool2d(2),       # (B, 64, 3, 3)
+            nn.Flatten(), nn.Linear(64 * 9, 64), nn.ReLU(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class RandomFeatures(nn.Module):
+    """Images (B, 1, 28, 28) in [-1, 1] -> features (B, 64): three layers of random filters, without training.
+
+    They see what a classifier learns to ignore: noise, contrast, the seams of patches.
+    """
+
+    def __init__(self):
+        super().__init__()
+        generator = seeded(0, 0)
+        sizes = [(16, 1, 5, 5), (32, 16, 3, 3), (64, 32, 3, 3)]
+        for i, size in enumerate(sizes):
+            scale = (2 / (size[1] * size[2] * size[3])) ** 0.5
+            self.register_buffer(f"filters{i}", torch.randn(size, generator=generator) * scale)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.filters0, stride=2, padding=2))  # (B, 16, 14, 14)
+        x = F.relu(F.conv2d(x, self.filters1, stride=2, padding=1))  # (B, 32, 7, 7)
+        x = F.conv2d(x, self.filters2, stride=2, padding=1)          # (B, 64, 4, 4)
+        return x.square().mean((2, 3)).sqrt()                        # root mean square of each filter, (B, 64)
+
+
+@torch.no_grad()
+def features(network: Classifier | RandomFeatures, images: Tensor) -> Tensor:
+    """Features (N, 64) of images (N, 1, 28, 28), uint8."""
+    return torch.cat([network.features(dataset.to_float(part)) for part in images.split(500)])
+
+
+class Reference:
+    """The classifier, the random network, and the features of real images. Raises UsageError without its files.
+
+    tensors: classifier.test, classifier.held_out, random.test and random.held_out are features (10,000, 64),
+             labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the mean
+             Fréchet distances of COUNTS random training images to the test images.
+    """
+
+    def __init__(self):
+        self.networks = dict(classifier=Classifier(), random=RandomFeatures())
+        try:
+            self.networks["classifier"].load_state_dict(load_file(CLASSIFIER))
+            self.tensors = {name: tensor.float() for name, tensor in load_file(REFERENCE).items()}
+            filters = {name: self.tensors.pop(f"filters.{name}") for name in self.networks["random"].state_dict()}
+        except Exception as error:  # missing, cut short, or of another version of this file
+            fix = "make them anew with python tools/train_classifier.py"
+            raise UsageError(f"cannot read {CLASSIFIER} and {REFERENCE}: {fix}") from error
+        self.networks["random"].load_state_dict(filters)
+        self.networks["classifier"].eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def measure(images: Tensor, labels: Tensor | None, reference: Reference, against: str = "test") -> Table:
     """The measures above of images (N, 1, 28, 28), uint8, N at most 10,000, that are meant to show labels (N,).
 
-    judges:  what judge.load returns
     against: test or held_out, the real images to compare with. The other kind gives the values of real images, by as
              many of them and with the same labels.
     """
-    classifier, random, reference = judges
     other = "held_out" if against == "test" else "test"
-    wanted = labels_as_in(reference[f"labels.{against}"], len(images)) if labels is None else labels
-    yardsticks = [with_same_labels(wanted, reference[f"labels.{other}"], draw) for draw in range(20)]
-    generated = dict(classifier=judge.features(classifier, images), random=judge.features(random, images))
+    real = reference.tensors
+    intended = labels_as_in(real[f"labels.{against}"], len(images)) if labels is None else labels
+    choices = [with_same_labels(intended, real[f"labels.{other}"], choice) for choice in range(20)]
+    generated = {space: features(network, images) for space, network in reference.networks.items()}
     table = {}
     if labels is not None:
-        real = reference[f"classifier.{against}"], reference[f"labels.{against}"]
-        table |= accuracies(classifier.head, dict(generated=(generated["classifier"], labels), real=real))
+        head = reference.networks["classifier"].head
+        real_digits = real[f"classifier.{against}"], real[f"labels.{against}"]
+        table |= accuracies(head, dict(generated=(generated["classifier"], labels), real=real_digits))
     groups = torch.zeros(len(images)) if labels is None else labels
     for space, f in generated.items():
-        table |= distances(space, f, groups, reference, against, other, yardsticks)
-    target, real = reference[f"classifier.{against}"], reference[f"classifier.{other}"][yardsticks[0]]
-    both, radius = dict(generated=generated["classifier"], real=real), neighbourhoods(target)
-    table["precision"] = {who: share_within(f, target, radius) for who, f in both.items()}
-    table["recall"] = {who: share_within(target, f, neighbourhoods(f)) for who, f in both.items()}
+        table |= distances(space, f, groups, real, against, other, choices)
+    target = real[f"classifier.{against}"]
+    both = dict(generated=generated["classifier"], real=real[f"classifier.{other}"][choices[0]])
+    radius = neighbour_distance(target)
+    table["precision"] = {name: fraction_within(f, target, radius) for name, f in both.items()}
+    table["recall"] = {name: fraction_within(target, f, neighbour_distance(f)) for name, f in both.items()}
     return table
 
 
 def accuracies(head: Callable, groups: dict[str, tuple[Tensor, Tensor]]) -> Table:
     """The accuracy on (features, labels) of each group, as a whole and by digit."""
     table = {"accuracy": {}, "accuracy by digit": {}}
-    for who, (f, y) in groups.items():
+    for name, (f, y) in groups.items():
         right = (head(f).argmax(1) == y).double()
-        table["accuracy"][who] = right.mean().item()
+        table["accuracy"][name] = right.mean().item()
         by_digit = [right[y == d].mean().item() if (y == d).any() else None for d in range(10)]
-        table["accuracy by digit"][who] = by_digit
-        counted = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-        table["accuracy"].setdefault("interval", tuple(counted))  # of the samples, which come first
+        table["accuracy by digit"][name] = by_digit
+        table["accuracy"].setdefault("interval", wilson_interval(right.mean().item(), len(right)))  # of the samples
     return table
+
+
+def wilson_interval(p: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a fraction p of n."""
+    z = 1.959964
+    centre, margin = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return (centre - margin) / (1 + z * z / n), (centre + margin) / (1 + z * z / n)
 
 
 def distances(
-    space: str, f: Tensor, labels: Tensor, reference: dict, against: str, other: str, yardsticks: list[Tensor]
+    space: str, f: Tensor, labels: Tensor, real: dict[str, Tensor], against: str, other: str, choices: list[Tensor]
 ) -> Table:
     """FD and rho of features f (N, D) in a space, see `measure`."""
-    target, f = reference[f"{space}.{against}"].double(), f.double()
+    target, f = real[f"{space}.{against}"].double(), f.double()
     distance = dict(
-        generated=judge.frechet_distance(f, target),
-        interval=bootstrap(lambda index: judge.frechet_distance(f[index], target), labels),
-        real=judge.expected_distance(reference[f"{space}.{other}"], target, yardsticks),
+        generated=frechet_distance(f, target),
+        interval=bootstrap(lambda index: frechet_distance(f[index], target), labels),
+        real=mean_distance(real[f"{space}.{other}"], target, choices),
     )
     floors = {f"rho, {space}": distance["real"]}
     if against == "test":  # between the COUNTS, the distance is about a power of the count: a straight line in logs
-        floor = np.interp(math.log(len(f)), np.log(judge.COUNTS), reference[f"{space}.floor"].log())
+        floor = np.interp(math.log(len(f)), np.log(COUNTS), real[f"{space}.floor"].log())
         floors[f"rho to random training images, {space}"] = float(np.exp(floor))
     table = {f"FD, {space}": distance}
     for name, floor in floors.items():
-        table[name] = {who: (np.array(value) / floor).tolist() for who, value in distance.items()}
+        table[name] = {column: (np.array(value) / floor).tolist() for column, value in distance.items()}
     return table
+
+
+def frechet_distance(f: Tensor, g: Tensor) -> float:
+    """|mean f - mean g|^2 + tr(A + B - 2 (A B)^1/2) of features f (N, D) and g (M, D) with covariances A and B."""
+    f, g = f.double(), g.double()
+    A, B = f.T.cov(), g.T.cov()
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # The eigenvalues of A B are those of the symmetric matrix A^1/2 B A^1/2.
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((f.mean(0) - g.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+def mean_distance(f: Tensor, target: Tensor, choices: list[Tensor]) -> float:
+    """The mean Fréchet distance to `target` (M, D) of features f (N, D), taken at each of some choices of indices."""
+    return sum(frechet_distance(f[index], target) for index in choices) / len(choices)
 
 
 def labels_as_in(reference: Tensor, n: int) -> Tensor:
@@ -96,12 +210,12 @@ def labels_as_in(reference: Tensor, n: int) -> Tensor:
     return reference.long().sort().values[((torch.arange(n) + 0.5) * len(reference) / n).long()]
 
 
-def with_same_labels(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
-    """Indices (N,), sorted by digit, of as many real images of each digit as labels (N,) has. Each `draw` chooses anew.
+def with_same_labels(labels: Tensor, real: Tensor, choice: int = 0) -> Tensor:
+    """Indices (N,), sorted by digit, of as many real images of each digit as labels (N,) has, another set by `choice`.
 
     real (M,) are the labels of the real images. Where it has too few of a digit, some of those images are taken twice.
     """
-    index, generator = [], seeded(1, draw)
+    index, generator = [], seeded(1, choice)
     for digit, n in enumerate(labels.bincount(minlength=10).tolist()):
         pool = (real == digit).nonzero()[:, 0]
         pool = pool[torch.randperm(len(pool), generator=generator)]
@@ -109,19 +223,20 @@ def with_same_labels(labels: Tensor, real: Tensor, draw: int = 0) -> Tensor:
     return torch.cat(index)
 
 
-def neighbourhoods(points: Tensor) -> Tensor:
+def neighbour_distance(points: Tensor) -> Tensor:
     """The distance (N,) of each of points (N, D) to its third neighbour among the others."""
-    distances, _ = NearestNeighbors(n_neighbors=3).fit(points).kneighbors()
-    return torch.from_numpy(distances[:, -1]).to(points.dtype)
+    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")  # so that the distance to itself is 0
+    parts = [torch.cdist(part, points, **exact).topk(4, largest=False).values[:, 3] for part in points.split(1000)]
+    return torch.cat(parts)
 
 
-def share_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
-    """The share of points (N, D) that are within the radius (M,) of one of the others (M, D)."""
+def fraction_within(points: Tensor, others: Tensor, radius: Tensor) -> float:
+    """The fraction of points (N, D) that are within the radius (M,) of one of the others (M, D)."""
     within = torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)])
     return within.double().mean().item()
 
 
-def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int = 100) -> tuple[float, float]:
+def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor) -> tuple[float, float]:
     """The 95% interval of statistic(indices) over the choice of the images, where their labels (N,) stay as they are.
 
     Only the spread of the resampled values is used, and it is centred on the estimate: a resample holds duplicates,
@@ -129,7 +244,7 @@ def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int =
     """
     generator, values = seeded(0, len(labels)), []
     groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    for _ in range(draws):
+    for _ in range(RESAMPLES):
         resampled = [group[torch.randint(len(group), (len(group),), generator=generator)] for group in groups]
         values.append(statistic(torch.cat(resampled)))
     low, high = np.quantile(values, [0.025, 0.975]) - np.mean(values)
@@ -137,11 +252,15 @@ def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor, draws: int =
     return max(0.0, float(estimate + low)), float(estimate + high)
 
 
+# ------------------------------------------------------------------------------------- measures that need MNIST on disk
+
+
 def nearest(images: Tensor, train: Tensor, k: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     """For images (N, 1, 28, 28), uint8, among training images: the distance to the nearest, its index, and the mean
     distance to the nearest k, each (N,). Distances are Euclidean, of pixels in 0 ... 1."""
-    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train.flatten(1) / 255)
-    distances, index = map(torch.from_numpy, neighbours.kneighbors(images.flatten(1) / 255))
+    x, pool = images.flatten(1) / 255, train.flatten(1) / 255
+    found = [torch.cdist(part, pool).topk(k, largest=False) for part in x.split(500)]
+    distances, index = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
     return distances[:, 0], index[:, 0], distances.mean(1)
 
 
@@ -154,10 +273,10 @@ def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> 
     """
     table = {"distance to the nearest training image, median": {}, "near-duplicates": {}}
     some = torch.randperm(len(test), generator=seeded(0, 3))[: len(images)]
-    for who, x in (("real", test[some]), ("generated", images)):
+    for name, x in (("real", test[some]), ("generated", images)):
         distance, index, usual = nearest(x, train)
-        table["distance to the nearest training image, median"][who] = distance.median().item()
-        table["near-duplicates"][who] = int((distance < 0.5 * usual).sum())
+        table["distance to the nearest training image, median"][name] = distance.median().item()
+        table["near-duplicates"][name] = int((distance < 0.5 * usual).sum())
     closest = (distance / usual).argsort()[:10]
     pairs = grid(dataset.to_float(torch.cat([images[closest], train[index[closest]]])), columns=10)
     checkpoint.write_whole(picture, lambda file: pairs.save(file, "PNG"))
@@ -174,28 +293,19 @@ def bits_per_dimension(
     noisiest, from N(0, I).
     """
     generator, total = seeded(0, 0), 0.0
-    C, device = images.shape[1], diffusion.tables["a"].device
+    bound = LearnedVariance(**diffusion.config, device=diffusion.device)
     for t in tqdm(range(diffusion.T), desc="bits", unit="timestep", leave=False, dynamic_ncols=True):
         index = torch.randint(len(images), (batch,), generator=generator)
-        x0 = dataset.to_float(images[index]).to(device)
-        times = torch.full((batch,), t, device=device)
-        x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=generator).to(device))
-        out = model(x_t, times, labels[index].to(device))
-        x0_hat = diffusion.predict_x0(out[:, :C], x_t, times).clamp(-1, 1)
-        log_variance = diffusion.reverse_log_variance(out[:, C:], times)
-        total += diffusion.variational_bound(x0, x0_hat, log_variance, times).mean().item()
-    a, s = diffusion.a[-2], diffusion.s[-2]  # of timestep T - 1, since the last entry is the clean image
+        x0 = dataset.to_float(images[index]).to(diffusion.device)
+        times = torch.full((batch,), t, device=diffusion.device)
+        x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=generator).to(diffusion.device))
+        out = model(x_t, times, labels[index].to(diffusion.device))
+        x0_hat = diffusion.predict_x0(out, x_t, times).clamp(-1, 1)
+        v = out[:, x0.shape[1] :]
+        if not v.shape[1]:  # the variance is not learned, and that of the posterior
+            v = torch.full_like(x0, -1)
+        total += bound.variational_bound(x0, x0_hat, bound.log_variance(v, times), times).mean().item()
+    alpha, sigma = diffusion.alpha[-2], diffusion.sigma[-2]  # of T - 1, since the last entry is the clean image
     second_moment = dataset.to_float(images).square().mean().item()
-    prior = 0.5 * (a**2 * second_moment + s**2 - 1 - 2 * math.log(s)) / math.log(2)
+    prior = 0.5 * (alpha**2 * second_moment + sigma**2 - 1 - 2 * math.log(sigma)) / math.log(2)
     return {"bits per dimension of real test images, at most": dict(generated=total + prior)}
-
-
-def train_on_samples(images: Tensor, labels: Tensor, train: dataset.Images, test: dataset.Images) -> Table:
-    """The accuracy on real test images of a classifier that learned from samples, beside one of as many real images."""
-    some = torch.randperm(len(train.labels), generator=seeded(0, 1))[: len(images)]
-    accuracy = {}
-    for who, x, y in (("real", train.pixels[some], train.labels[some]), ("generated", images, labels)):
-        classifier = judge.fit(x, y, seed=1)
-        predicted = classifier.head(judge.features(classifier, test.pixels)).argmax(1)
-        accuracy[who] = (predicted == test.labels).double().mean().item()
-    return {"accuracy of a classifier trained on these": accuracy}

@@ -2,23 +2,26 @@
 
 A run is a folder, by default runs/DATASET-N:
 
-    checkpoint.pt               everything that is needed to go on, written every --save-every steps
-    weights.safetensors         the averaged weights alone, written at the end
+    checkpoint.pt               everything that is needed to resume, written every --save-every steps
+    weights.safetensors         only the averaged weights, written at the end
     log.jsonl                   a line for each step: its loss, the norm of its gradient, its learning rate
-    loss.png, samples/*.png     how the loss fell, and what the network drew at each checkpoint
-    events.out.tfevents.*       the log for TensorBoard
+    loss.png, samples/*.png     the curve of the loss, and samples at each checkpoint
+    events.out.tfevents.*       the log for TensorBoard, where the package tensorboard is installed
 
 Under torchrun every process has a Run, and that of process 0 writes the files.
 """
 
+import argparse
 import gc
 import itertools
 import json
 import math
 import shlex
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,41 +29,85 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
 import dataset
-from cli import LOCAL_RANK, RANK, RUNS, WORLD, UsageError, WorkError
-from dit import DiTConfig
+from cli import LOCAL_RANK, NOT_SETTINGS, RANK, WORLD, Parser, UsageError, WorkError, number
+from dit import DiT
+from sampling import grid
+from speed import make_deterministic
 
-LOG_EVERY = 10  # steps between two looks at the loss, because each look waits for the GPU
+RUNS = Path("runs")
+LOG_EVERY = 10          # steps between two reads of the loss, because each read waits for the GPU
+TIMED_STEPS = 100       # after which --minutes becomes a number of steps
+TRAINING_TIME = 0.85    # the fraction of a run's time that its steps take; the rest is for checkpoints and samples
+# What a resumed run may do otherwise than it began. All other settings stay as they were.
+MAY_CHANGE = {
+    "steps", "minutes", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing", "guidance",
+}
+
+
+def add_run_flags(parser: Parser) -> None:
+    """The flags for the data and the run, of every command that trains."""
+    flag = parser.group("data")
+    flag("--dataset", None, f"{', '.join(dataset.DATASETS)}, mnist-5000 (5,000 digits that need no network), or a "
+         "folder of images (default: mnist; where it cannot be had, mnist-5000)")
+    flag("--data-dir", "data", "where data sets are, or are downloaded to")
+    flag = parser.group("run")
+    flag("--run-dir", None, "folder of a new run (default: the next free runs/DATASET-N)", type=Path)
+    flag("--resume", None, "continue the run in this folder (default: a new run)", type=Path, metavar="RUN")
+    flag("--save-every", 500, "steps between checkpoints, each with a grid of samples", type=number(int, 1))
+    flag("--seed", 0, "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
+    flag("--device", None, "(default: the best there is)", choices=list(parser.presets))
+    flag("--precision", None, "of matrix products (default: bf16 where the device has it)", choices=["fp32", "bf16"])
+    flag("--compile", True, "compile the blocks, where that is possible", action=argparse.BooleanOptionalAction)
 
 
 class Run:
-    """A run that begins in the folder `new`, or that goes on from the checkpoint `resume`.
+    """A new run, or with --resume the run that a folder or checkpoint belongs to.
 
-    state: what the checkpoint holds, {} for a new run
-    step:  how many steps are done
+    args, device: the settings, see cli.Parser.settings; given: only the flags that were given
+    state:        what the checkpoint holds, {} for a new run
+    step:         how many steps are done
 
     Nothing is written before `open`. Raises UsageError, CheckpointError.
     """
 
-    def __init__(self, new: Path | None = None, resume: Path | None = None):
+    def __init__(self, parser: Parser, argv: list[str] | None, network: type[DiT], may_change: set[str] = MAY_CHANGE):
+        self.script, self.given = parser.prog, parser.parse_args(argv)
+        new, resume = self.given.run_dir, self.given.resume
         if new and resume:
-            raise UsageError("--resume goes on in the run's own folder: leave --run-dir out")
+            raise UsageError("--resume continues in the run's own folder: leave --run-dir out")
         if new and new.exists() and (not new.is_dir() or any(new.iterdir())):
-            raise UsageError(f"{new} is there already: go on with it by --resume {new}, or give another --run-dir")
-        self.folder, self.state = new, checkpoint.load(resume) if resume else {}
+            raise UsageError(f"{new} is there already: continue it by --resume {new}, or give another --run-dir")
+        self.folder, self.state, self.is_new = new, {}, not resume
         if resume:
-            missing = {*checkpoint.SHOULD_BE, "args", "model", "optimizers"} - {"interval", *self.state}
-            if missing:
-                fix = "resume from the folder of a run, or its checkpoint.pt"
-                raise UsageError(f"{resume} lacks {', '.join(sorted(missing))}, or holds weights only: {fix}")
+            self.state = checkpoint.load(resume)
             self.folder = resume if resume.is_dir() else resume.parent
+            self.check_state(network)
+        self.args, self.device = parser.settings(argv, self.state.get("args", {}), may_change)
         self.step = self.saved_at = self.state.get("step", 0)
-        self.is_new, self.signal, self.pending = not resume, 0, []
+        steps = self.args.steps
+        if resume and steps and (self.step > steps or self.step == steps and self.is_finished()):
+            raise UsageError(f"{self.folder} is at step {self.step} already: ask for more with --steps")
+        self.signal, self.pending, self.intervals = 0, [], []
+        make_deterministic(self.device)
+
+    def check_state(self, network: type[DiT]) -> None:
+        """Raises UsageError or CheckpointError unless the checkpoint is of a run of this script."""
+        resume = self.given.resume
+        if not {"script", "args", "model", "optimizers"} <= self.state.keys():
+            fix = "resume from the folder of a run, or its checkpoint.pt"
+            raise UsageError(f"{resume} holds only weights, or lacks a part of a run: {fix}")
+        with checkpoint.refusing(f"{resume} cannot be resumed"):
+            if self.state["script"] != self.script:
+                raise ValueError(f"it was not begun by {self.script}")
+            if not isinstance(self.state["args"], dict):
+                raise TypeError("its settings are damaged")
+            checkpoint.check(self.state, network)
 
     @property
     def picture(self) -> Path:
@@ -72,20 +119,22 @@ class Run:
             return checkpoint.load(self.folder / "weights.safetensors").get("step") == self.step
         return False
 
-    def join(self, device: torch.device) -> None:
-        """Meet the other processes, if torchrun started several."""
-        if WORLD > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-            self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
+    def load_data(self, image_size: int | None) -> dataset.Images:
+        """Meet the other processes, if torchrun started several, and load the data set, see dataset.load.
 
-    def load_data(self, name: str | None, data_dir: str, image_size: int | None) -> dataset.Images:
-        """The data set, see dataset.load. Of the processes of a machine, the first downloads while the others wait.
-
-        Raises DataError; UsageError where a resumed run learned from other data.
+        Of the processes of a machine, the first downloads while the others wait. Raises DataError; UsageError where a
+        resumed run was trained on other data.
         """
+        args = self.args
+        if WORLD > 1:
+            if RANK > 0:
+                warnings.simplefilter("ignore")  # one process says it for all
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
+            self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
         if LOCAL_RANK > 0:
             dist.barrier()
-        data = dataset.load(name, data_dir, image_size, download=LOCAL_RANK == 0)
+        data = dataset.load(args.dataset, args.data_dir, image_size, download=LOCAL_RANK == 0)
         if WORLD > 1:
             if LOCAL_RANK == 0:
                 dist.barrier()
@@ -95,87 +144,142 @@ class Run:
                 found = ", ".join(sorted(set(sources)))
                 raise dataset.DataError(f"processes found different data ({found}): give all the same --data-dir")
         if self.state and self.state["data"] != data.source:
-            found = f"this run learned from {self.state['data']}, but here are {data.source}"
+            found = f"this run was trained on {self.state['data']}, but here are {data.source}"
             raise UsageError(f"{found}: give its --dataset and --data-dir")
+        args.dataset = args.dataset or data.name
         return data
 
-    def catch_signals(self) -> None:
-        """From now on, Ctrl-C and SIGTERM end the loop between two steps. A second one ends the process at once."""
-        def remember(number: int, frame) -> None:
-            self.signal = self.signal or number
-            if WORLD == 1:  # torchrun sends each signal twice
-                signal.signal(number, signal.SIG_DFL)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, remember)
-
     @contextmanager
-    def open(self, name: str, settings: dict, description: dict, announcement: str) -> Iterator[None]:
-        """Make the folder, or go on in it, and tell the user what will happen there. Inside, steps can be logged.
+    def open(self, trainer: object, data: dataset.Images, what: str) -> Iterator[None]:
+        """Make the folder, or continue in it, and print what will happen there. Inside, steps can be logged.
 
-        What a run that was killed has left half written goes, and what it owes after its last checkpoint will follow.
+        Half-written files and log lines after the last checkpoint, from a run that was killed, are removed. Ctrl-C and
+        SIGTERM are remembered for `should_stop`; a second one ends the process at once.
 
-        name: of a new folder, runs/NAME-N; settings: see settings.py; description: see checkpoint.describe
+        trainer: a train.Trainer; what: what is trained, in words
         """
-        self.settings, self.description, self.steps, self.state = settings, description, settings["steps"], {}
+        self.state = {}
+        self.description = checkpoint.describe(
+            trainer.network, trainer.config, trainer.diffusion, data.classes, data.source, self.step, **trainer.guidance
+        )
         if RANK == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.folder = self.folder or new_folder(name)
-            (self.folder / "samples").mkdir(parents=True, exist_ok=not self.is_new)  # a run that is new is alone
-            for half in self.folder.rglob("*.partial"):
-                half.unlink()
-            # A run that was killed has logged steps after its last checkpoint. They will be taken again.
+            self.folder = self.folder or new_folder(Path(self.args.dataset).resolve().name)
+            (self.folder / "samples").mkdir(parents=True, exist_ok=not self.is_new)  # only one new run has this folder
+            for partial in self.folder.rglob("*.partial"):
+                partial.unlink()
             log = "".join(json.dumps(entry) + "\n" for entry in read_log(self.folder) if entry["step"] <= self.step)
             checkpoint.write_whole(self.folder / "log.jsonl", lambda file: file.write(log.encode()))
-            self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
-            print(f"{self.folder}: {announcement}", flush=True)
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
-        self.clock = time.perf_counter()
+            print(f"{self.folder}: {self.announcement(trainer, data.source, what)}", flush=True)
+        self.tensorboard = tensorboard_writer(self.folder, self.step)
+        total = self.args.steps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
+        self.started = self.clock = time.perf_counter()
+        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             self.bar.close()
-            if RANK == 0:
+            if self.tensorboard:
                 self.tensorboard.close()
 
-    def log(self, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """Count a step as done. Its loss and the norm of its gradient, tensors of one number, are read later."""
+    def announcement(self, trainer: object, source: str, what: str) -> str:
+        args = self.args
+        parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        process = " ".join(trainer.diffusion.config[name] for name in ("schedule", "prediction"))
+        length = f"{args.steps - self.step:,} steps" if args.steps else f"about {args.minutes:g} min"
+        return (
+            f"{what}, {parameters:.1f} M parameters; {process}, {args.optimizer}; {length} of {args.batch_size} images "
+            f"from {source}; {self.device.type}, {args.precision}, {'compiled' if trainer.compiled else 'eager'}"
+        )
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signal = self.signal or number
+        if WORLD == 1:  # torchrun sends each signal twice
+            signal.signal(number, signal.SIG_DFL)
+
+    def begin(self, trainer: object) -> None:
+        """Save a new run, so that it can be resumed if it is killed in its first steps, and a full disk shows now.
+
+        For a resumed run, write the samples that are missing if it was killed after its last checkpoint.
+        """
+        if self.is_new:
+            self.save(trainer)
+        elif self.step and self.is_milestone() and RANK == 0 and not self.picture.exists():
+            self.save_samples(trainer)
+
+    def is_milestone(self) -> bool:
+        return self.step == self.args.steps or self.step % self.args.save_every == 0
+
+    def after_step(self, trainer: object, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """Count a step as done; log it, and save a checkpoint and samples when they are due.
+
+        loss, norm: the loss and the norm of its gradient, tensors of one number, which are read later
+        """
         self.step += 1
         self.pending.append((loss, norm, lr))
         self.bar.update()
         if self.step % LOG_EVERY == 0:
             self.write_log()
+        planned = self.args.steps is None and self.plan_steps()
+        if planned or self.is_milestone():
+            self.save(trainer)
+        if self.is_milestone():
+            self.save_samples(trainer)
 
     def write_log(self) -> None:
-        """Read and write the steps since the last look. Raises WorkError where one of their numbers is not finite."""
+        """Read and write the pending steps. Raises WorkError where one of their numbers is not finite."""
         if not self.pending:
             return
         losses, norms, rates = zip(*self.pending, strict=True)
         losses, norms = torch.stack(losses).float(), torch.stack(norms).float()
-        if WORLD > 1:  # the loss of a batch is the mean over its parts
+        if WORLD > 1:  # the loss of a batch is the mean over the processes
             dist.all_reduce(losses)
             losses /= WORLD
         columns = zip(losses.tolist(), norms.tolist(), rates, strict=True)
         first = self.step - len(rates) + 1
         entries = [dict(step=n, loss=x, gradient_norm=g, lr=lr) for n, (x, g, lr) in enumerate(columns, first)]
-        bad = [entry["step"] for entry in entries if not math.isfinite(entry["loss"] + entry["gradient_norm"])]
-        if bad:
-            self.diverged("loss or gradient", bad[0])
+        for entry in entries:
+            if not math.isfinite(entry["loss"] + entry["gradient_norm"]):
+                self.diverged("loss or gradient", entry["step"])
         if RANK == 0:
             log = self.folder / "log.jsonl"
             with checkpoint.writing(log), open(log, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        if self.tensorboard:
             for name in ("loss", "gradient_norm", "lr"):
                 self.tensorboard.add_scalar(name, entries[-1][name], self.step)
-        rate = self.settings["batch_size"] * len(entries) / (time.perf_counter() - self.clock)
-        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} img/s")
+        seconds = (time.perf_counter() - self.clock) / len(entries)
+        self.intervals.append(seconds)
+        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {self.args.batch_size / seconds:.0f} img/s")
         self.pending, self.clock = [], time.perf_counter()
 
     def diverged(self, what: str, step: int) -> NoReturn:
         good = f"the checkpoint of step {self.saved_at} in {self.folder} is good"
         good = good if self.saved_at else "no checkpoint yet"
         raise WorkError(f"{what} not finite at step {step}; {good}: begin a new run with a lower --lr")
+
+    def plan_steps(self) -> bool:
+        """Turn --minutes into a number of steps, once enough of them have been timed. Returns whether that is done.
+
+        The seconds of a step are the median over intervals of LOG_EVERY steps, so that a busy moment does not count.
+        """
+        budget = 60 * self.args.minutes * TRAINING_TIME
+        elapsed = time.perf_counter() - self.started
+        steps = None
+        if self.intervals and (self.step >= TIMED_STEPS or elapsed > 0.1 * budget):
+            seconds = statistics.median(self.intervals[1:] or self.intervals)  # the first one may have compiled
+            steps = max(self.step, int(float(f"{budget / seconds:.2g}")))
+        if WORLD > 1:  # all processes must agree
+            shared = [steps]
+            dist.broadcast_object_list(shared)
+            steps = shared[0]
+        if steps is None:
+            return False
+        self.args.steps, self.args.minutes = steps, None
+        self.bar.total = steps
+        return True
 
     def should_stop(self) -> bool:
         """Whether a signal asked any of the processes to stop. All of them get the same answer."""
@@ -185,34 +289,41 @@ class Run:
             self.signal = int(number)
         return self.signal > 0
 
-    def save(self, state: dict) -> None:
+    def save(self, trainer: object) -> None:
         """Write checkpoint.pt: the state of training after the steps done, and what describes the run.
 
         Raises WorkError where weights are not finite; then the last checkpoint stays.
         """
+        if not self.is_new and self.saved_at == self.step:
+            return
         self.write_log()
-        if not all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values()):
-            self.diverged("weights", self.step)
+        state = trainer.state()
+        for weights in (state["model"], state["ema"]):
+            if not all(value.isfinite().all() for value in weights.values()):
+                self.diverged("weights", self.step)
         if RANK == 0:
-            description = {**self.description, "step": self.step, "args": self.settings}
-            checkpoint.save(self.folder / "checkpoint.pt", {**description, **state})
-        self.saved_at = self.step
+            settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SETTINGS}
+            about = {**self.description, "step": self.step, "script": self.script, "args": settings}
+            checkpoint.save(self.folder / "checkpoint.pt", {**about, **state})
+        self.saved_at, self.is_new = self.step, False
 
-    def draw(self, samples: Callable[[], Image.Image]) -> None:
-        """Write a picture of samples, and loss.png."""
+    def save_samples(self, trainer: object) -> None:
+        """Write a picture of samples, ten rows of a class each, and loss.png."""
         if RANK == 0:
-            picture = samples()
+            trained = trainer.trained_model()
+            labels = (torch.arange(10) % max(trained.model.config.num_classes, 1)).repeat_interleave(10)
+            picture = grid(trained.sample(labels, trainer.micro_batch_size), columns=10)
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
-            gc.collect()  # a figure refers to itself, and left alone its memory would be freed late
+            gc.collect()  # a figure refers to itself, and left to itself its memory would be freed late
             self.clock = time.perf_counter()  # this time does not belong to the speed of training
 
     def finish(self, weights: dict) -> int:
-        """Write weights.safetensors, or say how a run that was stopped can go on. Returns the exit status."""
-        stopped = self.step < self.steps
+        """Write weights.safetensors, or print how a run that was stopped can be resumed. Returns the exit status."""
+        stopped = self.args.steps is None or self.step < self.args.steps
         if RANK == 0 and stopped:
-            how = f"python train.py --resume {shlex.quote(str(self.folder))}"
-            print(f"stopped after step {self.step}; go on with: {how}")
+            how = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
+            print(f"stopped after step {self.step}; resume with: {how}")
         elif RANK == 0:
             description = {**self.description, "step": self.step}
             checkpoint.save_weights(self.folder / "weights.safetensors", weights, description)
@@ -222,52 +333,43 @@ class Run:
         return 128 + self.signal if stopped else 0
 
 
-def check_belongs(saved: dict, trainer: object) -> None:
-    """Raises CheckpointError unless a checkpoint has the form of a train.Trainer's own state after as many steps."""
-    if DiTConfig(**saved["config"]) != trainer.config or saved["diffusion"] != trainer.diffusion.config:
-        message = "the network of this checkpoint is another than its settings say"
-        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
-    if saved["step"]:  # what an optimizer keeps comes with its first step, which is not taken along any gradient
-        for p in (p for network in trainer.learners for p in network.parameters()):
-            p.grad = torch.zeros_like(p)
-        for optimizer in trainer.optimizers:
-            optimizer.step()
-    for name, own in trainer.state().items():
-        compare(saved.get(name), own, name)
-    for optimizer in trainer.optimizers:
-        optimizer.zero_grad()
-        optimizer.state.clear()
+def local_part(batch: Tensor) -> Tensor:
+    """This process's part of what belongs to a whole batch."""
+    size = len(batch) // WORLD
+    return batch[size * RANK : size * (RANK + 1)]
 
 
-def compare(saved: object, own: object, name: str) -> None:
-    """Raises CheckpointError unless a part of a checkpoint has the form of a trainer's own, and finite numbers."""
-    if type(saved) in (list, tuple) and type(own) in (list, tuple):
-        saved, own = dict(enumerate(saved)), dict(enumerate(own))
-    if isinstance(own, Tensor):
-        fits = checkpoint.numbers(saved) and saved.shape == own.shape and bool(saved.isfinite().all())
-    elif isinstance(own, dict):
-        fits = isinstance(saved, dict) and saved.keys() == own.keys()
-    else:
-        fits = type(saved) is type(own)
-    if not fits:
-        message = f"this checkpoint's {name} does not belong to its network and settings"
-        raise checkpoint.CheckpointError(f"{message}: use another checkpoint, or begin a new run")
-    for part in own if isinstance(own, dict) else ():
-        if part != "param_groups":  # of optimizers; the settings say what is in them
-            compare(saved[part], own[part], f"{name} {part}")
+def distributed(network: nn.Module) -> nn.Module:
+    """The network, whose gradient becomes the mean over the processes where there are several."""
+    if WORLD == 1:
+        return network
+    # PyTorch's warning is of the strides of axes of length 1, which have no meaning.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(network)
 
 
 def new_folder(name: str) -> Path:
     """Make the next free runs/NAME-N."""
-    for number in itertools.count(1):
-        folder = RUNS / f"{name}-{number}"
+    for index in itertools.count(1):
+        folder = RUNS / f"{name}-{index}"
         with suppress(FileExistsError):  # perhaps made by a run that began this very moment
             folder.mkdir(parents=True)
             return folder
 
 
+def tensorboard_writer(folder: Path, step: int) -> object | None:
+    """A SummaryWriter for steps after `step`, or None in other processes than the first, and without tensorboard."""
+    if RANK > 0:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
 def read_log(folder: Path) -> list[dict]:
-    """The entries of log.jsonl. Lines that a crash or a full disk left incomplete are passed over."""
+    """The entries of log.jsonl. Lines that a crash or a full disk left incomplete are skipped."""
     log, entries = folder / "log.jsonl", {}
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
@@ -277,7 +379,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw loss.png from log.jsonl, unless that is empty."""
+    """Plot loss.png from log.jsonl, unless that is empty."""
     from matplotlib.figure import Figure
 
     entries = read_log(folder)

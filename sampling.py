@@ -1,11 +1,10 @@
-"""From a seed to images: noise that belongs to an image, drawing with a trained network, and pictures of the result.
+"""From a seed to images: noise that belongs to an image, sampling with a trained network, and grids of the result.
 
-The samplers themselves, which turn noise into images step by step, are mathematics and stand in diffusion.py.
+The samplers themselves, which turn noise into images step by step, are mathematics; diffusion.py has them.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
 from dit import DiT
-from shortcut import shortcut_timesteps
-from speed import fast_attention
-
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20, "shortcut": 4}
-DEFAULT_GUIDANCE = 1.5
+from speed import autocast
+from variance import guidance_weight
 
 
 def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -32,107 +28,150 @@ def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.G
 def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch.device | str) -> Callable[[], Tensor]:
     """Gaussian noise for the images `indices` of a seed. Each call returns fresh noise (n, *shape) on the device.
 
-    Every image has a generator of its own, on the CPU. Image i of a seed therefore meets the same noise in a batch of
+    Every image has a generator of its own, on the CPU. Image i of a seed therefore gets the same noise in a batch of
     any size and on any device.
     """
     generators = [seeded(seed, i) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
+class TrainedModel:
+    """A trained network, the diffusion process it was trained under, and the settings that suit it.
+
+    description: see checkpoint.describe; only guidance and guidance_interval are needed for sampling
+    is_image:    whether it makes images. Otherwise it makes latents, which a separate decoder (a VAE) turns into
+                 images; they cannot be shown as they are, and are not limited to [-1, 1].
+    settings:    arguments of `sample_batch`
+    """
+
+    samplers = SAMPLERS
+    default_steps = {"dpm++": 20, "ddim": 50, "ddpm": 1000}  # the first sampler is the default
+
+    def __init__(self, model: DiT, diffusion: Diffusion, description: dict):
+        self.model, self.diffusion, self.description = model, diffusion, description
+        config = model.config
+        self.shape = (config.in_channels, config.image_size, config.image_size)
+        self.device = model.pos_embed.device
+        self.is_image = config.in_channels in (1, 3)
+        sampler, steps = next(iter(self.default_steps.items()))
+        self.settings = dict(
+            sampler=sampler, steps=min(steps, diffusion.T), clip=self.is_image,
+            guidance=description["guidance"], guidance_interval=description["guidance_interval"],
+        )
+
+    def sample(
+        self, labels: Tensor, batch_size: int, indices: range | None = None, what: str = "sampling",
+        show_progress: bool = True, callback: Callable | None = None, **options,
+    ) -> Tensor:
+        """Images (n, C, S, S) of the labels (n,), on the CPU, batch by batch under a progress bar called `what`.
+
+        indices:  the number of each image within the seed (default: 0 to n - 1)
+        callback: called with (t, x_t, x0_hat) at each step of each batch
+        options:  override `settings`
+        """
+        settings = {**self.settings, **options}
+        indices = range(len(labels)) if indices is None else indices
+        batches = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
+        images = []
+        with tqdm(
+            total=len(batches) * settings["steps"], desc=what, unit="step", leave=False, dynamic_ncols=True,
+            disable=not show_progress,
+        ) as bar:
+            def after_step(*step) -> None:
+                bar.update()
+                if callback:
+                    callback(*step)
+
+            for batch in batches:
+                x = self.sample_batch(labels[batch], indices=indices[batch], callback=after_step, **settings)
+                images.append(x.cpu())
+        return torch.cat(images)
+
+    def sample_batch(
+        self, labels: Tensor, *, seed: int = 0, indices: range | None = None, start: Tensor | None = None,
+        predict: Callable | None = None, sampler: str, steps: int, eta: float = 0.0, guidance: float = 1.0,
+        guidance_interval: list[int] | None = None, precision: str = "fp32", **constraints,
+    ) -> Tensor:
+        """One image for each of the labels (n,): (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
+
+        indices:     the number of each image within the seed (default: 0 to n - 1)
+        start:       noise (n, C, S, S) to begin with, in place of the seed's
+        predict:     in place of the prediction for these labels, see `predictor`
+        sampler:     one of `samplers`, with so many steps
+        eta:         for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
+        guidance, guidance_interval: see diffusion.guide
+        precision:   fp32, or bf16 for matrix products in bfloat16
+        constraints: clip, inpaint and callback, see `constrained`
+
+        Raises FloatingPointError where the samples are not finite.
+        """
+        noise = image_noise(seed, range(len(labels)) if indices is None else indices, self.shape, self.device)
+        if predict is None:
+            predict = self.predictor(labels, guidance, guidance_interval)
+        x = noise() if start is None else start.to(self.device)
+        options = dict(constrain=constrained(**constraints)) | (dict(eta=eta) if sampler == "ddim" else {})
+        with autocast(self.device, precision):
+            timesteps = self.timesteps(sampler, steps)
+            images = self.samplers[sampler](self.diffusion, predict, x, timesteps, noise, **options)
+        if not images.isfinite().all():
+            raise FloatingPointError("the samples are not finite: lower --guidance, or use other weights")
+        return images
+
+    def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
+        """predict(x_t, t) for labels (n,), as the samplers call it."""
+        config = self.model.config
+        weight = guidance if config.num_classes else 1.0
+        if config.learn_sigma:
+            weight = guidance_weight(weight, config.in_channels, self.device)
+        interval = guidance_interval or (0, math.inf)
+        return guide(self.model, labels.to(self.device), config.num_classes, weight, interval)
+
+    def timesteps(self, sampler: str, steps: int) -> list[int]:
+        """The timesteps at which this sampler calls the network."""
+        return spaced_timesteps(self.diffusion.T, steps)
+
+
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
     """Noise that is `fraction` of the way from a to b, which have one shape, along an arc (arXiv 1609.04468).
 
-    Gaussian noise of many dimensions always has about the same length, and so has every point of the arc. The points of
-    a straight line are shorter, and the network knows no such noise.
+    Gaussian noise of many dimensions always has about the same norm, and so has every point of the arc. The points of a
+    straight line have a smaller one, and the network was trained on no such noise.
     """
     angle = torch.acos(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     return (torch.sin((1 - fraction) * angle) * a + torch.sin(fraction * angle) * b) / torch.sin(angle)
 
 
-def crossfade(one: Callable, other: Callable, share: Tensor) -> Callable[..., Tensor]:
-    """predict(x_t, t) between two others, such as those of two labels: one fades into the other by share (B,), 0 to 1.
+def crossfade(one: Callable, other: Callable, fraction: Tensor) -> Callable:
+    """predict(x_t, t) between two others, such as those of two labels: image i is fraction[i] of the way, 0 to 1.
 
-    What is mixed are predictions, which amounts to mixing scores (arXiv 2206.01714). A mixture of the two embeddings
-    does not work: the network has never seen one, and draws noise.
+    Mixing predictions amounts to mixing scores (arXiv 2206.01714). A mixture of the two label embeddings does not work:
+    the network was trained on no such embedding, and returns noise.
     """
-    def predict(x_t: Tensor, t: Tensor | int, d: Tensor | int | None = None) -> Tensor:
-        return torch.lerp(one(x_t, t, d), other(x_t, t, d), share.view(-1, 1, 1, 1))
-
-    return predict
+    return lambda x_t, t: torch.lerp(one(x_t, t), other(x_t, t), fraction.view(-1, 1, 1, 1))
 
 
-def timesteps(sampler: str, T: int, steps: int) -> list[int]:
-    """The timesteps, of T, at which a sampler of diffusion.SAMPLERS looks when it takes so many steps."""
-    return shortcut_timesteps(T, steps) if sampler == "shortcut" else spaced_timesteps(T, steps)
+def constrained(
+    clip: bool = True, inpaint: tuple[Tensor, Tensor] | None = None, callback: Callable | None = None
+) -> Callable:
+    """The function `constrain` that samplers call (diffusion.py).
 
-
-def sample(
-    model: DiT, diffusion: Diffusion, labels: Tensor, *, seed: int = 0, indices: range | None = None,
-    sampler: str = "dpm++", steps: int = DEFAULT_STEPS["dpm++"], eta: float = 0.0, guidance: float = DEFAULT_GUIDANCE,
-    interval: tuple[int, int] | None = None, start: Tensor | None = None, fade: tuple[Tensor, Tensor] | None = None,
-    precision: str = "fp32", **options,
-) -> Tensor:
-    """Draw an image for each of the labels (n,), as one batch (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
-
-    indices:  the number of each image within the seed (default: 0 to n - 1)
-    start:    noise (n, C, S, S) to begin with, in place of the seed's
-    fade:     other labels (n,), and how far (n,) each image is on its way to them, see `crossfade`
-    sampler:  one of diffusion.SAMPLERS, which looks at the image at `steps` timesteps
-    eta:      for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
-    precision: fp32, or bf16 for matrix products in bfloat16
-
-    For guidance and interval see diffusion.guide, for the options clip, known and callback diffusion.denoise.
+    clip:     clamp x0_hat to [-1, 1]
+    inpaint:  (image, mask). Where the mask is True, the image is known, and replaces x0_hat. So this part of x_t is
+              what the forward process would make of it, and the network fills in the rest to fit. (RePaint, arXiv
+              2201.09865, replaces the part in x_t, and also repeats each step several times.)
+    callback: called with (t, x_t, x0_hat)
     """
-    config, device = model.config, model.pos_embed.device
-    shape = (config.in_channels, config.image_size, config.image_size)
-    noise = image_noise(seed, range(len(labels)) if indices is None else indices, shape, device)
-    weight = guidance if config.num_classes else 1.0
-    predict = guide(model, labels.to(device), config.num_classes, weight, interval)
-    if fade is not None:
-        other, share = (values.to(device) for values in fade)
-        predict = crossfade(predict, guide(model, other, config.num_classes, weight, interval), share)
-    options |= {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=eta)}.get(sampler, {})
-    x = noise() if start is None else start.to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with autocast, fast_attention(device, precision):
-        images = SAMPLERS[sampler](diffusion, predict, x, timesteps(sampler, diffusion.T, steps), **options)
-    if not images.isfinite().all():
-        raise FloatingPointError("the network draws what is no number: lower --guidance, or use other weights")
-    return images
+    def constrain(x0_hat: Tensor, x_t: Tensor, t: int) -> Tensor:
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
+        if inpaint is not None:
+            image, mask = inpaint
+            x0_hat = torch.where(mask, image, x0_hat)
+        if callback is not None:
+            callback(t, x_t, x0_hat)
+        return x0_hat
 
-
-class TrainedModel:
-    """A trained network, the process it was trained under, and the settings that suit it, as arguments of `sample`.
-
-    is_image: whether it makes images. Otherwise it makes latents, which a separate decoder (a VAE) turns into images;
-              they cannot be shown as they are, and are not limited to [-1, 1].
-    """
-
-    def __init__(self, model: DiT, diffusion: Diffusion, description: dict):
-        self.model, self.diffusion, self.description = model, diffusion, description
-        self.is_image = model.config.in_channels in (1, 3)
-        self.settings = {name: description[name] for name in ("guidance", "interval")}
-        sampler = "shortcut" if model.config.shortcut else "dpm++"
-        self.settings |= dict(sampler=sampler, steps=DEFAULT_STEPS[sampler], clip=self.is_image)
-
-    def draw(
-        self, labels: Tensor, batch_size: int, what: str = "sampling", callback: Callable | None = None, **options
-    ) -> Tensor:
-        """Images (n, C, S, S) of the labels (n,), on the CPU, drawn batch by batch under a progress bar called `what`.
-
-        callback: called with (t, x_t, x0_hat) at each step of each batch. Options take the place of settings.
-        """
-        settings = {**self.settings, **options}
-        parts = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
-        steps = len(parts) * settings["steps"]
-        with tqdm(total=steps, desc=what, unit="step", leave=False, dynamic_ncols=True) as bar:
-            def look(*step) -> None:
-                bar.update()
-                if callback:
-                    callback(*step)
-
-            draw = partial(sample, self.model, self.diffusion, callback=look, **settings)
-            return torch.cat([draw(labels[part], indices=part).cpu() for part in parts])
+    return constrain
 
 
 def to_uint8(images: Tensor) -> Tensor:

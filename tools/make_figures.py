@@ -1,8 +1,8 @@
 """Make the figures of the README, each from the code and the weights of this repository.
 
-    python assets/make_figures.py                            all of them, some ten minutes on two CPU cores
-    python assets/make_figures.py diffusion guidance         these two
-    python assets/make_figures.py loss --run runs/mnist-1    the curve and the samples of this run
+    python tools/make_figures.py                            all of them, some ten minutes on two CPU cores
+    python tools/make_figures.py diffusion guidance         these two
+    python tools/make_figures.py loss --run runs/mnist-1    the curve and the samples of this run
 
 `loss` needs a run that kept its samples; without --run it trains one in runs/figure first, which takes another ten
 minutes. No other figure needs a data set.
@@ -24,23 +24,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-ASSETS = Path(__file__).parent
-sys.path.insert(0, str(ASSETS.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-import judge  # noqa: E402
-from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, RUNS, Parser, UsageError, run_script  # noqa: E402
-from dataset import offline_digits, to_float  # noqa: E402
+from cli import ASSETS, BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, Parser, UsageError, run_script  # noqa: E402
+from dataset import bundled_digits, to_float  # noqa: E402
 from diffusion import SCHEDULES, Diffusion, ddim, spaced_timesteps  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
-from metrics import labels_as_in, measure  # noqa: E402
-from sampling import TrainedModel, grid, image_noise, to_uint8  # noqa: E402
+from inference import load_model  # noqa: E402
+from metrics import Reference, labels_as_in, measure  # noqa: E402
+from run import RUNS  # noqa: E402
+from sampling import TrainedModel, constrained, grid, image_noise, to_uint8  # noqa: E402
 
 # Four colours that colour-blind readers tell apart (Okabe and Ito), a pale one to fill boxes with, and that of lines.
 BLUE, ORANGE, GREEN, GREY, PALE, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#E9F0F6", "#222222"
 WIDTH = 7.0  # inches of every figure, so that letters have the same size in all of them
 DIGITS = torch.arange(10)
-JUDGED = 1000  # samples behind each point of a curve
+COUNT = 1000  # samples behind each point of a curve
 
 
 def canvas(height: float) -> Figure:
@@ -59,10 +60,6 @@ def save(figure: Figure, name: str) -> None:
     figure.savefig(ASSETS / f"{name}.png", dpi=220)
 
 
-def open_weights(path: Path) -> TrainedModel:
-    return TrainedModel(*checkpoint.build(checkpoint.load(path)))
-
-
 def mosaic(axes: Axes, images: Tensor, rows: list[str], columns: list[str], gap: int = 2) -> None:
     """Images (rows, columns, 1, S, S) in [-1, 1], in a frame where image (i, j) is the square from (j, i) on."""
     R, C, _, S, _ = images.shape
@@ -77,11 +74,11 @@ def mosaic(axes: Axes, images: Tensor, rows: list[str], columns: list[str], gap:
     axes.spines[:].set_visible(False)
 
 
-def draw_way(trained: TrainedModel, labels: Tensor, **options) -> tuple[list[int], Tensor, Tensor]:
-    """The timesteps, x_t and x0_hat, each (steps, n, 1, S, S), of one batch on its way back."""
-    way = []
-    trained.draw(labels, len(labels), callback=lambda *step: way.append(step), **options)
-    t, x_t, x0_hat = zip(*way, strict=True)
+def sample_path(trained: TrainedModel, labels: Tensor, **options) -> tuple[list[int], Tensor, Tensor]:
+    """The timesteps, x_t and x0_hat, each (steps, n, 1, S, S), of one batch along the reverse process."""
+    path = []
+    trained.sample(labels, len(labels), callback=lambda *step: path.append(step), **options)
+    t, x_t, x0_hat = zip(*path, strict=True)
     return list(t), torch.stack(x_t), torch.stack(x0_hat)
 
 
@@ -90,9 +87,9 @@ def draw_way(trained: TrainedModel, labels: Tensor, **options) -> tuple[list[int
 
 def denoising() -> None:
     """denoising.gif: a hundred digits on their way out of noise."""
-    trained = open_weights(BUNDLED_WEIGHTS)
+    trained = load_model(BUNDLED_WEIGHTS)
     labels = DIGITS.repeat_interleave(10)
-    _, x_t, x0_hat = draw_way(trained, labels)
+    _, x_t, x0_hat = sample_path(trained, labels)
     # Six levels of grey are enough here, and make the file a third as large.
     frames = [grid(images, 10).point(lambda value: round(value / 51) * 51).quantize(6) for images in (*x_t, x0_hat[-1])]
     durations = [120] * len(x_t) + [2500]
@@ -100,18 +97,18 @@ def denoising() -> None:
 
 
 def diffusion() -> None:
-    """diffusion.png: a digit noised along t, the model's way back, and (a_t, s_t) of the schedules on the same axis."""
-    trained = open_weights(BUNDLED_WEIGHTS)
+    """diffusion.png: the forward process, the reverse process, and (alpha_t, sigma_t) of the schedules on one axis."""
+    trained = load_model(BUNDLED_WEIGHTS)
     process, shown = trained.diffusion, 9
-    digits = offline_digits()
+    digits = bundled_digits()
     first = (digits.labels == 5).nonzero()[1]
     x0, eps = to_float(digits.pixels[first]), image_noise(0, range(1), (1, 28, 28), "cpu")()
-    every, x_t, _ = draw_way(trained, torch.tensor([5]), steps=5 * (shown - 1) + 1, seed=4)
+    every, x_t, _ = sample_path(trained, torch.tensor([5]), steps=5 * (shown - 1) + 1, seed=4)
     times, x_t = torch.tensor(every[::5]).flip(0), x_t[::5].flip(0)
     forward = process.q_sample(x0.expand(shown, -1, -1, -1), times, eps)
     figure = canvas(5.0)
     upper, lower = figure.subplots(2, 1, height_ratios=[1, 1.25])
-    mosaic(upper, torch.stack([forward, x_t[:, 0]]), ["noising", "drawing"], [f"{t}" for t in times.tolist()])
+    mosaic(upper, torch.stack([forward, x_t[:, 0]]), ["forward", "reverse"], [f"{t}" for t in times.tolist()])
     for y, ends in ((0.47, (0.02, shown - 0.1)), (1.47, (shown - 0.1, 0.02))):
         arrow = dict(arrowstyle="-|>", color=INK, linewidth=1.2, shrinkA=0, shrinkB=0)
         upper.annotate("", (ends[1], y + 0.52), (ends[0], y + 0.52), arrowprops=arrow, annotation_clip=False)
@@ -119,10 +116,10 @@ def diffusion() -> None:
     upper.set_title("timestep t", fontsize=11)
     for schedule, colour in zip(SCHEDULES, (GREY, ORANGE, BLUE), strict=True):
         table = Diffusion(schedule, "x0", 1000).tables
-        lower.plot(table["a"][:-1], color=colour, label=schedule, linewidth=2)
-        lower.plot(table["s"][:-1], color=colour, linestyle=(0, (4, 2)), linewidth=2)
-    lower.plot([], [], color=INK, label="$a_t$, of the image")
-    lower.plot([], [], color=INK, linestyle=(0, (4, 2)), label="$s_t$, of the noise")
+        lower.plot(table["alpha"][:-1], color=colour, label=schedule, linewidth=2)
+        lower.plot(table["sigma"][:-1], color=colour, linestyle=(0, (4, 2)), linewidth=2)
+    lower.plot([], [], color=INK, label=r"$\alpha_t$, of the image")
+    lower.plot([], [], color=INK, linestyle=(0, (4, 2)), label=r"$\sigma_t$, of the noise")
     half = 999 / (shown - 1) / 2
     lower.set(xlim=(-half, 999 + half), xticks=times.tolist(), xlabel="timestep t", ylabel="factor")
     lower.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=9, columnspacing=1.2)
@@ -131,9 +128,9 @@ def diffusion() -> None:
 
 
 def inference_result() -> None:
-    """inference-result.png: what the sampler holds, and what the network believes, at each step."""
-    trained = open_weights(BUNDLED_WEIGHTS)
-    times, x_t, x0_hat = draw_way(trained, DIGITS, guidance=1.0)  # which would sharpen what the network believes
+    """inference-result.png: what the sampler holds, and what the network predicts, at each step."""
+    trained = load_model(BUNDLED_WEIGHTS)
+    times, x_t, x0_hat = sample_path(trained, DIGITS, guidance=1.0)  # which would sharpen the prediction
     some = [0, 3, 6, 9, 12, 15, 17, 19]
     figure = canvas(4.8)
     panels = figure.subplots(1, 2)
@@ -147,9 +144,9 @@ def inference_result() -> None:
 
 def guidance() -> None:
     """guidance.png: the same noise under growing weights of guidance, at all timesteps."""
-    trained = open_weights(BUNDLED_WEIGHTS)
+    trained = load_model(BUNDLED_WEIGHTS)
     weights = (0.0, 1.0, 2.0, 4.0, 8.0)
-    images = torch.stack([trained.draw(DIGITS, 10, guidance=w, interval=None) for w in weights])
+    images = torch.stack([trained.sample(DIGITS, 10, guidance=w, guidance_interval=None) for w in weights])
     figure = canvas(3.4)
     mosaic(figure.subplots(), images, [f"w = {w:g}" for w in weights], [str(digit) for digit in range(10)], gap=1)
     save(figure, "guidance")
@@ -157,22 +154,22 @@ def guidance() -> None:
 
 def steps() -> None:
     """steps.png: digits drawn in 1, 2, 4 ... 32 steps, and their distance to real ones."""
-    counts, n = (1, 2, 4, 8, 16, 32), JUDGED
-    judges = judge.load()
-    labels = labels_as_in(judges[2]["labels.test"], n)
+    counts, n = (1, 2, 4, 8, 16, 32), COUNT
+    reference = Reference()
+    labels = labels_as_in(reference.tensors["labels.test"], n)
     figure = canvas(5.4)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     panels, curve = upper.subplots(1, 2), lower.subplots()
     kinds = (("bundled weights, DPM-Solver++", BUNDLED_WEIGHTS, BLUE), ("distilled weights", DISTILLED_WEIGHTS, ORANGE))
     for axes, (name, path, colour) in zip(panels, kinds, strict=True):
-        trained = open_weights(path)
-        shown = torch.stack([trained.draw(DIGITS, 10, steps=count) for count in counts])
+        trained = load_model(path)
+        shown = torch.stack([trained.sample(DIGITS, 10, steps=count) for count in counts])
         mosaic(axes, shown, [str(count) for count in counts], [""] * 10, gap=1)
         axes.set_title(name, color=colour)
         rho = []
         for count in counts:
-            images = to_uint8(trained.draw(labels, 250, f"{count} steps", steps=count))
-            rho.append(measure(images, labels, judges)["rho, classifier"]["generated"])
+            images = to_uint8(trained.sample(labels, 250, what=f"{count} steps", steps=count))
+            rho.append(measure(images, labels, reference)["rho, classifier"]["generated"])
         curve.plot(counts, rho, "o-", color=colour, label=name, linewidth=2)
         print(name, *(f"{count}: {value:.2f}" for count, value in zip(counts, rho, strict=True)))
     panels[0].set_ylabel("steps")
@@ -194,7 +191,7 @@ def loss(run: Path | None = None) -> None:
         if not (run / "weights.safetensors").exists():
             begun = (run / "checkpoint.pt").exists()
             how = ["--resume", run] if begun else ["--run-dir", run, "--steps", "5000", "--save-every", "100"]
-            subprocess.run([sys.executable, ASSETS.parent / "train.py", *map(str, how)], check=True)
+            subprocess.run([sys.executable, ROOT / "train.py", *map(str, how)], check=True)
     losses = torch.tensor([json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()])
     kept = {int(path.stem.split("_")[1]): path for path in (run / "samples").glob("step_*.png")}
     if not kept:
@@ -228,7 +225,7 @@ def loss(run: Path | None = None) -> None:
 
 
 def attention_maps(trained: TrainedModel, label: int, **options) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """The timesteps, x_t and x0_hat of one image on its way back, and who attends to whom.
+    """The timesteps, x_t and x0_hat of one image along the reverse process, and who attends to whom.
 
     The last is (steps, depth, heads, N, N): at [..., i, j], how much token i takes from token j. It is computed from
     the queries and keys of each block, since the network itself uses a fused attention that does not show it.
@@ -240,7 +237,7 @@ def attention_maps(trained: TrainedModel, label: int, **options) -> tuple[list[i
         kept.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)[0])
 
     hooks = [block.attn.qkv.register_forward_hook(look) for block in trained.model.blocks]
-    times, x_t, x0_hat = draw_way(trained, torch.tensor([label]), **options)
+    times, x_t, x0_hat = sample_path(trained, torch.tensor([label]), **options)
     for hook in hooks:
         hook.remove()
     return times, x_t, x0_hat, torch.stack(kept).unflatten(0, (len(times), config.depth))
@@ -248,7 +245,7 @@ def attention_maps(trained: TrainedModel, label: int, **options) -> tuple[list[i
 
 def attention() -> None:
     """attention.png: how much one patch attends to each other, in every block and head, at three timesteps."""
-    trained = open_weights(BUNDLED_WEIGHTS)
+    trained = load_model(BUNDLED_WEIGHTS)
     config, some = trained.model.config, (1, 9, 17)
     side, patch, size = config.image_size // config.patch_size, 5, config.patch_size  # patch 5 is in row 1, column 1
     times, x_t, x0_hat, maps = attention_maps(trained, 8, seed=2)
@@ -281,19 +278,19 @@ def shortcut() -> None:
     process = Diffusion("flow", "x0", 1000)
 
     def posterior_mean(x_t: Tensor, t: int) -> Tensor:
-        return torch.tanh(process.a[t] / process.s[t] ** 2 * x_t)
+        return torch.tanh(process.alpha[t] / process.sigma[t] ** 2 * x_t)
 
     x = torch.special.ndtri((torch.arange(10) + 0.5) / 10).view(-1, 1, 1, 1)
-    way = []
-    options = dict(clip=False, callback=lambda t, x_t, _: way.append(x_t.flatten()))
-    end = ddim(process, posterior_mean, x, spaced_timesteps(process.T, 200), **options).flatten()
-    paths = torch.stack([*way, end])
+    passed = []
+    constrain = constrained(clip=False, callback=lambda t, x_t, _: passed.append(x_t.flatten()))
+    end = ddim(process, posterior_mean, x, spaced_timesteps(process.T, 200), None, constrain).flatten()
+    paths = torch.stack([*passed, end])
     times = [*spaced_timesteps(process.T, 200), -1]
     figure = canvas(3.2)
     axes = figure.subplots()
     axes.plot(times, paths, color=GREY, linewidth=1)
     one = 7
-    axes.plot(times, paths[:, one], color=BLUE, linewidth=2.5, label="the way back: many small steps")
+    axes.plot(times, paths[:, one], color=BLUE, linewidth=2.5, label="the reverse process: many small steps")
     for where, colour, name in (
         (posterior_mean(x, 999).flatten()[one], ORANGE, "one step in the direction of its start"),
         (end[one], GREEN, "the one step to be learned"),
@@ -419,7 +416,7 @@ FIGURES: dict[str, Callable] = {
 
 
 def main() -> None:
-    parser = Parser(description="Make the figures of the README.")
+    parser = Parser("make_figures.py", "Make the figures of the README.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--run", type=Path, help="for loss: the folder of a run (default: trained in runs/figure)")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
 """Measure speed: the machine's matrix products, training, and sampling.
 
-    python benchmark.py                                      tables in Markdown, some ten minutes
-    python benchmark.py --models DiT-N/7 DiT-S/2
+    python tools/benchmark.py                                      tables in Markdown, some ten minutes
+    python tools/benchmark.py --models DiT-N/7 DiT-S/2
 
-The speed of training is given in images a second, and as a share of the machine's peak: the floating-point operations
-of the network, forward and back, over those that plain matrix products of the same precision reach in this process.
+The speed of training is given in images a second, and as a fraction of the machine's peak: the floating-point
+operations of the network, forward and back, over those that plain matrix products of the same precision reach here.
 Whatever else a step does (the optimizer, the average, noise) takes time and does not count as work. All figures are
 medians of several rounds, with their range.
 """
@@ -17,6 +17,7 @@ import timeit
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,15 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import checkpoint
-from cli import Parser, find_checkpoint, number, pick_device, run_script
-from diffusion import Diffusion, training_loss
-from dit import MODELS, DiT, DiTConfig
-from sampling import DEFAULT_STEPS, TrainedModel, sample
-from settings import PRESETS, parse_args, settle
-from shortcut import SHORTCUTS
-from speed import cpu_precision, make_deterministic
-from train import Trainer
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cli import Parser, number, pick_device, run_script  # noqa: E402
+from distill import STEP_COUNTS, ShortcutModel  # noqa: E402
+from dit import MODELS, DiT, DiTConfig  # noqa: E402
+from inference import DEFAULT_STEPS, find_checkpoint, load_model  # noqa: E402
+from sampling import TrainedModel  # noqa: E402
+from speed import best_precision, make_deterministic  # noqa: E402
+from train import PRESETS, Trainer, build_parser, default_guidance  # noqa: E402
+from variance import LearnedVariance  # noqa: E402
 
 # The model, the optimizer, and the batch size on a CPU.
 CASES = [
@@ -78,12 +80,12 @@ def plain_step(config: DiTConfig, batch: int, device: torch.device) -> Callable:
     model = DiT(config).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-    diffusion = Diffusion("linear", "eps", device=device)
+    diffusion = LearnedVariance("linear", "eps", device=device)
 
     def step(x0: Tensor, y: Tensor) -> None:
         t = torch.randint(diffusion.T, (batch,), device=device)
         y = torch.where(torch.rand(batch, device=device) < 0.1, config.num_classes, y)
-        loss = training_loss(diffusion, model, x0, y, t, torch.randn_like(x0)).mean()
+        loss = diffusion.training_loss(model, x0, y, t, torch.randn_like(x0)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -103,26 +105,29 @@ def train_row(precision: str, model: str, optimizer: str, batch: int, device: to
     """A line of the table of training: our step, and the plain step of the same network, in turn."""
     torch.compiler.reset()  # otherwise it would give up compiling after some networks of other shapes
     flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
-    trainer = Trainer(DiTConfig(**MODELS[model]), settle(parse_args(flags.split()), device, {}), device)
+    flags += f" --device {device.type}"
+    args, _ = build_parser().settings(flags.split(), {}, set())
+    args.guidance = default_guidance(args)
+    trainer = Trainer(DiTConfig(**MODELS[model]), args, device)
     config = trainer.config
     x0, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
     plain = plain_step(config, batch, device)
     for warm_up in range(3):
         trainer.step(warm_up, x0, y)
         plain(x0, y)
-    work, share, img_s, factor = flops(config), [], [], []
+    work, fraction, img_s, factor = flops(config), [], [], []
     for _ in range(rounds):
         peak = matmul_peak(device, DTYPES[precision])
         ours, theirs = seconds(lambda: trainer.step(0, x0, y), device), seconds(lambda: plain(x0, y), device)
         img_s.append(batch / ours)
-        share.append(100 * work * batch / ours / peak)
+        fraction.append(100 * work * batch / ours / peak)
         factor.append(theirs / ours)
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     tokens = (config.image_size // config.patch_size) ** 2
     return (
         f"| {model} | {tokens} | {config.hidden_size} x {config.depth} | {parameters:.1f} "
         f"| {precision}, {optimizer}, {batch} "
-        f"| {show(img_s)} | {show(share)}% | {show(factor, '.2f')} |"
+        f"| {show(img_s)} | {show(fraction)}% | {show(factor, '.2f')} |"
     )
 
 
@@ -132,9 +137,9 @@ def sample_row(sampler: str, steps: int, trained: TrainedModel, device: torch.de
     for n, results in times.items():
         labels = torch.arange(n) % max(trained.model.config.num_classes, 1)
         settings = {**trained.settings, "sampler": sampler}
-        draw = partial(sample, trained.model, trained.diffusion, labels, **settings)
-        draw(steps=2)  # to warm up
-        results += [seconds(partial(draw, steps=steps), device, 0.3) for _ in range(rounds)]
+        trained.sample_batch(labels, **{**settings, "steps": 2})  # to warm up
+        work = partial(trained.sample_batch, labels, **{**settings, "steps": steps})
+        results += [seconds(work, device, 0.3) for _ in range(rounds)]
     rate = 100 / statistics.median(times[100])
     return f"| {sampler}, {steps} | {show(times[1], '.3f')} | {show(times[100], '.2f')} | {rate:,.0f} |"
 
@@ -151,23 +156,23 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the tables. Raises UsageError, CheckpointError."""
-    parser = Parser(description="Measure the speed of training and sampling on this machine.")
+    parser = Parser("benchmark.py", "Measure the speed of training and sampling on this machine.")
     known = [name for name, shape in MODELS.items() if DiTConfig.image_size % shape["patch_size"] == 0]
     models = dict(nargs="+", choices=known, metavar="NAME")
     parser.add_argument("--models", **models, help=f"to train, of {', '.join(known)} (default: some)")
     parser.add_argument("--checkpoint", help="what to sample from (default: the newest run, else bundled)")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="of measurement (default: 5)")
     parser.add_argument("--device", choices=list(PRESETS), help="(default: the best there is)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = pick_device(args.device)
     make_deterministic(device)
     weights = args.checkpoint or find_checkpoint()
-    trained = TrainedModel(*checkpoint.build(checkpoint.load(weights), device))
+    trained = load_model(weights, device)
     cases = [case for case in CASES if not args.models or case[0] in args.models]
     cases += [(name, "adamw", 64) for name in args.models or () if name not in {case[0] for case in CASES}]
-    usual = PRESETS[device.type].get("precision") or cpu_precision()
+    usual = best_precision(device)
     precisions = dict.fromkeys(["fp32", usual] if device.type == "cpu" else [usual])
     threads = f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else threads}, PyTorch {torch.__version__}")
@@ -175,15 +180,16 @@ def main() -> None:
         peaks = [matmul_peak(device, DTYPES[precision]) / 1e9 for _ in range(args.rounds)]
         print(f"plain matrix product in {precision}: {show(peaks)} GFLOP/s")
     print("\n| network | tokens | width x depth | M parameters | precision, optimizer, batch "
-          "| training, images a second | share of the peak | times the plain step |")
+          "| training, images a second | fraction of the peak | times the plain step |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for precision, (model, optimizer, batch) in tqdm(list(product(precisions, cases)), unit="row", leave=False):
         batch *= 1 if device.type == "cpu" else 16
         tqdm.write(train_row(precision, model, optimizer, batch, device, args.rounds))
     print(f"\n{weights}:\n\n| sampler, steps | one digit, s | 100 digits, s | digits a second |")
     print("|---|---|---|---|", flush=True)
-    rows = [(name, min(n, trained.diffusion.T)) for name, n in DEFAULT_STEPS.items() if name != "shortcut"]
-    rows = [("shortcut", n) for n in SHORTCUTS] if trained.model.config.shortcut else rows
+    rows = [(name, min(n, trained.diffusion.T)) for name, n in DEFAULT_STEPS.items() if name in trained.samplers]
+    if isinstance(trained, ShortcutModel):
+        rows = [("shortcut", n) for n in STEP_COUNTS]
     for sampler, steps in tqdm(rows, unit="row", leave=False):
         tqdm.write(sample_row(sampler, steps, trained, device, args.rounds))
     print(f"\n{peak_memory(device)}")

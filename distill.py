@@ -1,0 +1,341 @@
+"""Distill a trained network, so that it samples in one step, or in a few.
+
+    python distill.py                                        the bundled weights
+    python distill.py runs/mnist-1
+    python distill.py --resume runs/mnist-2
+
+The path of the reverse process from noise to image is curved, and an ordinary network knows only its direction at x_t.
+So it has to go in many small steps. A shortcut model (Frans et al., "One Step Diffusion via Shortcut Models",
+arXiv 2410.12557) also receives the size of the step to take, and predicts the x0_hat that leads to where the path
+really goes. It learns that from itself: one step should arrive where two of half the size do (the paper's Eq. 4). In
+the paper the smallest steps are learned from data in the same training. Here a trained network, the teacher, says where
+they arrive, so that this is a distillation of a teacher into a student.
+
+A step goes from timestep t to s < t, where s = -1 is the clean image, as in diffusion.py. Its size is t - s, and a
+single step from noise to image has size T.
+
+A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So the
+images that the student samples in one step are also compared with the teacher's as a distribution, see `matching_loss`:
+Yin et al., "One-step Diffusion with Distribution Matching Distillation" (DMD), arXiv 2311.18828.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from cli import BUNDLED_WEIGHTS, Parser, UsageError, guidance_settings, run_script
+from diffusion import Diffusion, clip, guide, sample_timesteps
+from dit import DiT, DiTConfig, TimestepEmbedder
+from optim import learning_rate, load_optimizer, make_optimizers, take_step
+from run import MAY_CHANGE, Run, distributed
+from sampling import TrainedModel, seeded
+from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, train
+
+STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
+LEARNED = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)    # of each 10 images, into how many steps the path is cut
+REGRESSION_WEIGHT = 0.1     # for steps of the whole path, the weight of `shortcut_loss`
+MATCHING_WEIGHT = 0.25      # and that of `matching_loss`
+MATCHING_GUIDANCE = 0.4     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
+
+
+# ------------------------------------------------------------------------------------------------ network and sampling
+
+
+class ShortcutDiT(DiT):
+    """A DiT that also receives the size of the step to take. Its `t` is (B, 2): steps from timestep t to s."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.d_embedder = TimestepEmbedder(config.hidden_size)
+        nn.init.normal_(self.d_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.d_embedder.mlp[0].bias)
+        nn.init.zeros_(self.d_embedder.mlp[2].weight)  # at first, all step sizes are alike
+        nn.init.zeros_(self.d_embedder.mlp[2].bias)
+
+    def condition(self, steps: Tensor, y: Tensor) -> Tensor:
+        t, s = steps.unbind(1)
+        return super().condition(t, y) + self.d_embedder(t - s)
+
+
+def shortcut_timesteps(T: int, steps: int) -> list[int]:
+    """Timesteps from T - 1 on that cut the path to the clean image into 1, 2, 4, 8, 16 or 32 equal steps.
+
+    Raises ValueError for other numbers.
+    """
+    if steps not in STEP_COUNTS:
+        counts = ", ".join(map(str, STEP_COUNTS))
+        raise ValueError(f"{steps} sampling steps: use {counts}, which a shortcut model learns")
+    return [round(T * i / steps) - 1 for i in range(steps, 0, -1)]
+
+
+def ddim_step(diffusion: Diffusion, x_t: Tensor, x0_hat: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+    """DDIM's step (arXiv 2010.02502, Eq. 12) from x_t with x0_hat to the noise level of s < t, each (B,) or one."""
+    eps_hat = (x_t - diffusion.extract("alpha", t) * x0_hat) / diffusion.extract("sigma", t)
+    return diffusion.extract("alpha", s) * x0_hat + diffusion.extract("sigma", s) * eps_hat
+
+
+def invert_ddim_step(diffusion: Diffusion, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The x0_hat with which `ddim_step` leads from x_t to x_s."""
+    ratio = diffusion.extract("sigma", s) / diffusion.extract("sigma", t)
+    return (x_s - ratio * x_t) / (diffusion.extract("alpha", s) - ratio * diffusion.extract("alpha", t))
+
+
+@torch.no_grad()
+def shortcut(
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
+    constrain: Callable = clip,
+) -> Tensor:
+    """Shortcut models, arXiv 2410.12557, Algorithm 2: DDIM's steps, each predicted by predict(x_t, (t, s))."""
+    for t, s in pairwise([*timesteps, -1]):
+        x0_hat = constrain(diffusion.predict_x0(predict(x, (t, s)), x, t), x, t)
+        x = ddim_step(diffusion, x, x0_hat, t, s)
+    return x
+
+
+class ShortcutModel(TrainedModel):
+    """A trained ShortcutDiT. It has learned its teacher's guidance, and needs none."""
+
+    samplers = {"shortcut": shortcut}
+    default_steps = {"shortcut": 4}
+
+    def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
+        y = labels.to(self.device)
+
+        def predict(x_t: Tensor, step: tuple[int, int]) -> Tensor:
+            return self.model(x_t, torch.tensor(step, device=self.device).expand(len(y), 2), y).float()
+
+        return predict
+
+    def timesteps(self, sampler: str, steps: int) -> list[int]:
+        return shortcut_timesteps(self.diffusion.T, steps)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def sample_steps(n: int, T: int, generator: torch.Generator | None = None) -> Tensor:
+    """n steps (t, s) for a shortcut model to learn, from timestep t to s < t, as an int64 tensor (n, 2) on the CPU.
+
+    Of each 10 in a row, two cross the whole path, one half of it, then a quarter, 1/8 and 1/16 of it, and four 1/32, on
+    which all others are built. Of these others, a fraction of 0.3 begins in pure noise, where few steps have to begin.
+    """
+    counts = torch.tensor(LEARNED).repeat(n // len(LEARNED) + 1)[:n]
+    u = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    begins = (u[0] < 0.3) & (counts < STEP_COUNTS[-1])
+    i = torch.where(begins, counts, (u[1] * counts).long() + 1)  # counted from the image: step 1 arrives there
+    return torch.stack([(T * i / counts).round().long() - 1, (T * (i - 1) / counts).round().long() - 1], dim=1)
+
+
+def shortcut_target(diffusion: Diffusion, predict: Callable, x_t: Tensor, y: Tensor, steps: Tensor) -> Tensor:
+    """The x0_hat that leads along steps (B, 2) to where predict(x_t, steps, y) leads in two steps of half the size."""
+    t, s = steps.unbind(1)
+    middle = (t + s) // 2
+    x = x_t
+    for begin, end in ((t, middle), (middle, s)):
+        out = predict(x, torch.stack([begin, end], dim=1), y).float()
+        x = ddim_step(diffusion, x, diffusion.predict_x0(out, x, begin).clamp(-1, 1), begin, end)
+    return invert_ddim_step(diffusion, x_t, x, t, s)
+
+
+def shortcut_loss(
+    diffusion: Diffusion, student: Callable, ema: Callable, teacher: Callable, x0: Tensor, y: Tensor, steps: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each image, (B,): the error of the x0_hat for a step, against that of two steps of half the size.
+
+    The halves are taken by the student's moving average, which is steadier than the student. Those of the smallest size
+    are the teacher's. If it is guided, its guidance is learned with the rest, so that the student needs none.
+
+    student, ema, teacher: the student, its average, and the teacher, each (x_t, steps, y) -> output
+    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, steps: (B, 2) as by `sample_steps`, eps: noise like x0
+
+    Returns the student's x0_hat (B, C, H, W) as well.
+
+    Targets are found as in progressive distillation (arXiv 2202.00512, Algorithm 2), which halves the number of steps
+    of one network after another. Under flow, an error of x0_hat is one of the mean velocity (x_t - x0_hat) / sigma,
+    times sigma. The loss is its square over sigma, a compromise: the square of the first neglects small t, and that of
+    the second large ones.
+    """
+    t, s = steps.unbind(1)
+    x_t = diffusion.q_sample(x0, t, eps)
+    with torch.no_grad():
+        target = torch.empty_like(x0)
+        smallest = t - s < 1.5 * diffusion.T / STEP_COUNTS[-1]
+        for predict, mask in ((teacher, smallest), (ema, ~smallest)):
+            if mask.any():
+                target[mask] = shortcut_target(diffusion, predict, x_t[mask], y[mask], steps[mask])
+    x0_hat = diffusion.predict_x0(student(x_t, steps, y).float(), x_t, t)
+    return (x0_hat - target).square().flatten(1).mean(1) / diffusion.tables["sigma"][t], x0_hat
+
+
+def matching_loss(
+    diffusion: Diffusion, teacher: Callable, fake: Callable, x: Tensor, y: Tensor, t: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses, each (B,), of images that a student sampled, and of the network `fake`, which learns from them.
+
+    teacher, fake: networks (x_t, t, y) -> output, of which the second begins as a copy of the first
+    x: (B, C, H, W), sampled by the student for labels y (B,), t: (B,) timesteps, eps: noise like x
+
+    The prediction of a network points, at every x_t, to where images like those of its training are more frequent. For
+    the teacher those are real images; for `fake`, which is trained in the same steps, the student's. The difference of
+    the two points from where the student samples too often to where it samples too rarely (DMD, Eq. 7 and 8). It is
+    divided by the distance of the teacher's x0_hat from x. The teacher may be guided, but less than for sampling: there
+    guidance acts on one path, here on all of the student's images, step after step, so that the student would forget
+    all but the most typical images.
+    """
+    x_t = diffusion.q_sample(x.detach(), t, eps)
+    fake_x0 = diffusion.predict_x0(fake(x_t, t, y).float(), x_t, t)
+    fake_loss = (fake_x0 - x.detach()).square().flatten(1).mean(1) / diffusion.tables["sigma"][t].clamp(min=0.05) ** 2
+    with torch.no_grad():
+        teacher_x0 = diffusion.predict_x0(teacher(x_t, t, y).float(), x_t, t)
+        scale = (x - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-3).view(-1, 1, 1, 1)
+        target = x - (fake_x0 - teacher_x0) / scale
+    return 0.5 * (x - target).square().flatten(1).mean(1), fake_loss
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class DistillTrainer(Trainer):
+    """A student in training, and the network `fake` beside it. They begin as copies of the teacher."""
+
+    network = ShortcutDiT
+
+    def __init__(self, teacher: TrainedModel, args, device: torch.device, state: dict | None = None):
+        self.teacher = teacher
+        super().__init__(teacher.model.config, args, device, state)
+        self.ddp_fake = distributed(self.fake)
+
+    def make_networks(self) -> None:
+        teacher = self.teacher.model
+        self.diffusion, self.label_dropout = self.teacher.diffusion, 0.0
+        self.guidance = dict(guidance=1.0, guidance_interval=None)
+        self.model = ShortcutDiT(self.config).to(self.device)
+        self.model.load_state_dict(teacher.state_dict(), strict=False)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.fake = copy.deepcopy(teacher).requires_grad_(True)
+        self.optimizers = make_optimizers(self.model, self.args)
+        self.fake_optimizers = make_optimizers(self.fake, self.args)
+        self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
+
+    def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss, norm = super().step(number, x0, y)  # its backward pass has reached `fake`, too
+        nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
+        take_step(self.fake_optimizers, learning_rate(number, self.args))
+        return loss, norm
+
+    def randomness(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is random in a step: t (B, 3), the steps (t, s) to learn and the timesteps of `matching_loss`; u (B,);
+        eps (B, 2, C, S, S), the noise for each of the two losses.
+        """
+        n, generator = self.args.batch_size, seeded(self.args.seed, FIRST_INDEX + number)
+        matching_t = sample_timesteps(n, self.diffusion.T, "logit-normal", generator)
+        t = torch.cat([sample_steps(n, self.diffusion.T, generator), matching_t[:, None]], dim=1)
+        u = torch.rand(n, generator=generator)
+        if self.device.type != "cpu":
+            generator = seeded(self.args.seed, FIRST_INDEX + number, self.device)
+        return t, u, torch.randn(n, 2, *self.shape, generator=generator, device=self.device)
+
+    def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """`shortcut_loss`, and for the images that are sampled in one step `matching_loss`."""
+        steps, matching_t = t[:, :2], t[:, 2]
+        one_step = steps[:, 0] - steps[:, 1] == self.diffusion.T
+        self.ddp_fake.require_backward_grad_sync = self.ddp_model.require_backward_grad_sync
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            loss, x0_hat = shortcut_loss(
+                self.diffusion, self.ddp_model, self.ema, self.teacher_step, x0, y, steps, eps[:, 0]
+            )
+            matching, fake_loss = matching_loss(
+                self.diffusion, partial(self.teach, fraction=MATCHING_GUIDANCE), self.ddp_fake,
+                x0_hat[one_step], y[one_step], matching_t[one_step], eps[one_step, 1],
+            )
+        loss = torch.where(one_step, REGRESSION_WEIGHT * loss, loss)
+        return loss.mean() + (MATCHING_WEIGHT * matching + fake_loss).sum() / len(x0)
+
+    def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
+        """The teacher's prediction, with a fraction of its guidance."""
+        guidance = guidance_settings(self.args.guidance, self.diffusion.T)
+        weight = 1 + fraction * (guidance["guidance"] - 1)
+        interval = guidance["guidance_interval"] or (0, self.diffusion.T)
+        return guide(self.teacher.model, y, self.config.num_classes, weight, interval)(x_t, t)
+
+    def teacher_step(self, x_t: Tensor, steps: Tensor, y: Tensor) -> Tensor:
+        """The same for steps (B, 2): the teacher does not know their size, since its own steps are small."""
+        return self.teach(x_t, steps[:, 0], y)
+
+    def state(self) -> dict:
+        """Includes the teacher, whose file may be gone when the run is resumed."""
+        teacher = {**self.teacher.description, "ema": self.teacher.model.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.fake_optimizers]
+        return {**super().state(), "fake": self.fake.state_dict(), "fake_optimizers": optimizers, "teacher": teacher}
+
+    def load(self, state: dict) -> None:
+        super().load(state)
+        self.fake.load_state_dict(state["fake"])
+        for optimizer, saved in zip(self.fake_optimizers, state["fake_optimizers"], strict=True):
+            load_optimizer(optimizer, saved, state["step"])
+
+    def trained_model(self) -> ShortcutModel:
+        eager = ShortcutDiT(self.config).to(self.device)  # for batches of samples, faster than compiling self.ema again
+        eager.load_state_dict(self.ema.state_dict())
+        return ShortcutModel(eager, self.diffusion, self.guidance)
+
+
+def build_parser() -> Parser:
+    presets = {device: dict(compile=preset["compile"]) for device, preset in PRESETS.items()}
+    parser = Parser("distill.py", "Distill a trained network, so that it samples in 1 to 32 steps.", presets)
+    parser.add_argument("checkpoint", nargs="?", default=str(BUNDLED_WEIGHTS), help="what to distill, a file or the "
+                        "folder of a run (default: the bundled weights)")
+    parser.group("distillation")("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: "
+                                 "that of the weights)", type=float, nargs="+", metavar="W")
+    add_training_flags(parser)
+    parser.set_defaults(steps=6000, batch_size=160, lr=2e-3, ema_decay=0.998)
+    return parser
+
+
+def load_teacher(run: Run) -> TrainedModel:
+    """The network to distill, or that of the run to resume. Raises UsageError, CheckpointError."""
+    source = run.args.checkpoint
+    state = run.state["teacher"] if run.state else checkpoint.load(source)
+    if state.get("network") == ShortcutDiT.__name__:
+        raise UsageError(f"{source} is distilled already: give the checkpoint that it was distilled from")
+    teacher = TrainedModel(*checkpoint.build(state, run.device))
+    if teacher.diffusion.prediction == "eps" or teacher.model.config.learn_sigma:
+        # A predicted eps says nothing of x0 where there is only noise.
+        raise UsageError("distill.py needs a network that predicts x0 or v, without --learn-sigma: train one like that")
+    if 2 * STEP_COUNTS[-1] > teacher.diffusion.T:
+        raise UsageError(f"distill.py needs a network of {2 * STEP_COUNTS[-1]} timesteps or more")
+    return teacher
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Distill as the command line says. Returns the exit status.
+
+    Raises UsageError, DataError, CheckpointError, WorkError.
+    """
+    run = Run(build_parser(), argv, ShortcutDiT, MAY_CHANGE - {"guidance"})
+    args = run.args
+    if run.state and not isinstance(run.state.get("teacher"), dict):
+        raise UsageError(f"{args.resume} lacks its teacher: begin a new run")
+    teacher = load_teacher(run)
+    config, about = teacher.model.config, teacher.description
+    args.guidance = args.guidance or [about["guidance"], *(about["guidance_interval"] or ())]
+    guidance_settings(args.guidance, teacher.diffusion.T)  # raises UsageError before the data is loaded
+    data = run.load_data(config.image_size)
+    C, S, _ = data.pixels[0].shape
+    if (config.in_channels, config.image_size, about["classes"]) != (C, S, list(data.classes)):
+        trained = f"{args.checkpoint} was trained on {about['data']}, and these are {data.source}"
+        raise UsageError(f"{trained}, of other classes or size: give its --dataset")
+    trainer = DistillTrainer(teacher, args, run.device, run.state)
+    with run.open(trainer, data, f"{args.checkpoint}, distilled"):
+        train(trainer, run, data)
+    return run.finish(trainer.ema.state_dict())
+
+
+if __name__ == "__main__":
+    run_script(main, memory="raise --grad-accum-steps, or lower --batch-size")
