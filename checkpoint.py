@@ -222,7 +222,7 @@ def load(path: Path, model: str | None = None) -> dict:
     with refusing(f"{path} is damaged, or holds more than tensors; nothing in it was run", fix):
         state = (read_safetensors if path.suffix == ".safetensors" else read_pickle)(path)
     if model is not None:
-        return {**describe_official(path, state, model), "ema": state}
+        return describe_official(path, state, model)
     if not isinstance(state, dict) or type(state.get("format")) is not str or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path} is not of format {FORMAT!r}: "
@@ -232,11 +232,16 @@ def load(path: Path, model: str | None = None) -> dict:
 
 
 def describe_official(path: Path, state: dict, model: str) -> dict:
-    """The description of official weights of a model of MODELS. Image size and channels follow from their shapes."""
+    """Official weights of a model of MODELS with their description. Image size and channels follow from their shapes.
+
+    They may be inside of {"model": ..., "ema": ...}, as training saves them, and have prefixes from compiling or DDP.
+    """
     if model not in MODELS:
         raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
     patch_size = MODELS[model]["patch_size"]
     with refusing(f"{path} holds no weights of the official {model}", "leave --model out for files of train.py"):
+        state = state.get("ema", state.get("model", state))
+        state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
         side = round(state["pos_embed"].shape[1] ** 0.5)
         in_channels = state["x_embedder.proj.weight"].shape[1]
         out_channels = state["final_layer.linear.bias"].shape[0] // patch_size**2
@@ -246,7 +251,8 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
             learn_sigma=out_channels == 2 * in_channels,
         )
     classes = tuple(str(label) for label in range(num_classes))
-    return describe(DiT, config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0)
+    about = describe(DiT, config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0)
+    return {**about, "ema": state}
 
 
 def build(

@@ -8,8 +8,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
@@ -18,8 +19,21 @@ from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
 from dataset import DataError
 from speed import best_precision
 
-# torchrun tells each process its number, its number on its machine, and how many there are. Alone, it is number 0 of 1.
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+def process_numbers() -> tuple[int, int, int]:
+    """The number of this process, its number on its machine, and how many there are, as torchrun sets them.
+
+    A process that torchrun did not start is number 0 of 1, whatever a variable says; `check_environment` refuses it.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, local_rank, world, *_ = values = [os.environ.get(name, "") for name in names]
+    numbers = all(value.isdecimal() for value in (rank, local_rank, world))
+    if not all(values) or not numbers or not max(int(rank), int(local_rank)) < int(world):
+        return 0, 0, 1
+    return int(rank), int(local_rank), int(world)
+
+
+RANK, LOCAL_RANK, WORLD = process_numbers()
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_WEIGHTS = ASSETS / "dit-mnist.safetensors"
 DISTILLED_WEIGHTS = ASSETS / "dit-mnist-fast.safetensors"
@@ -34,6 +48,47 @@ class WorkError(Exception):
     """Work that had begun cannot continue. The message is one line."""
 
 
+def check_environment() -> None:
+    """Raises UsageError where the environment names several processes, but not as torchrun does."""
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if (rank, world) != (str(RANK), str(WORLD)):
+        raise UsageError(f"RANK is {rank!r} and WORLD_SIZE {world!r} here: start with torchrun, or unset both")
+
+
+class Output:
+    """A stream for what is printed, which stops no work when it goes away: a pipe that is closed, a disk that is full.
+
+    Then what is written to it is lost.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or Path(os.devnull).open("w")  # a closed stderr is None
+        with suppress(AttributeError, OSError):
+            self.stream.reconfigure(errors="replace")  # for names that the terminal cannot show
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self.stream.write(text)
+        self.discard()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.discard()
+
+    def discard(self) -> None:
+        """Send what is still buffered, and all that follows, nowhere."""
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size") -> NoReturn:
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
@@ -43,10 +98,14 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
     memory: the fix where there is too little of it
     """
     name = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     try:
-        sys.exit(work())
+        check_environment()
+        status = work()
+        sys.stdout.flush()
+        sys.exit(status)
     except (UsageError, CheckpointError, DataError) as error:
         status, message = 2, error
     except (WorkError, FloatingPointError) as error:
@@ -89,6 +148,8 @@ class Parser(argparse.ArgumentParser):
         def flag(name: str, default: object, help: str, **options) -> None:
             key = name.lstrip("-").replace("-", "_")
             shown = ", ".join(f"{preset[key]} on {device}" for device, preset in self.presets.items() if key in preset)
+            if isinstance(default, bool):
+                options["action"] = argparse.BooleanOptionalAction
             if shown or "(default" not in help:
                 help = f"{help} (default: {shown or '%(default)s'})"
             group.add_argument(name, default=default, help=help, **options)

@@ -2,7 +2,7 @@
 
 MNIST and its relatives come through torchvision. Any other data set is a folder:
 
-    FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     a folder for each class, in alphabetical order
+    FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     a folder for each class, in the order a, b ... or 1, 2 ... 10
     FOLDER/1.png, FOLDER/2.png ...                     no classes: for an unconditional model
 
 Pixels are stored as 0 ... 255. The network sees them as -1 ... 1.
@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 import socket
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class Images:
     classes: tuple[str, ...]  # the names of the classes, () for none
     source: str               # where the images come from, in words
     name: str = ""            # the name under which `load` found them, "" for a folder
+
+    def fingerprint(self) -> str:
+        """A hash of everything that training sees of the images: pixels, labels and the names of the classes."""
+        digest = hashlib.sha256(repr((tuple(self.pixels.shape), self.classes)).encode())
+        for tensor in (self.pixels, self.labels):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -109,9 +117,12 @@ def from_torchvision(name: str, root: Path, train: bool, download: bool) -> Imag
     place = f"put {', '.join(IDX_FILES)} into {raw}" if raw else f"put cifar-10-batches-py into {root}"
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
+        kind = getattr(torchvision.datasets, class_name)
+        if raw and all((root / file).exists() for file in IDX_FILES):
+            raw, kind = root, type(class_name, (kind,), {"raw_folder": str(root)})
         if raw and all((raw / file).exists() for file in IDX_FILES):  # what it downloads, torchvision checks by itself
             check_idx_files(raw, name)
-        data = getattr(torchvision.datasets, class_name)(root, train=train, download=download)
+        data = kind(root, train=train, download=download)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:  # no network, HTTP, SSL, a bad file
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"cannot get {class_name} ({reason}): {place}, or name a folder that has it by --data-dir"
@@ -162,8 +173,8 @@ def resized(images: Images, size: int | None) -> Images:
 def from_folder(root: Path, size: int) -> Images:
     """The images below a folder, see the top of this file: resized on the shorter side and cropped at the centre.
 
-    They have one channel if all of up to 128 images, evenly spread over the folder, are grey, else three. Files and
-    folders whose names begin with a dot are passed over. Raises DataError.
+    They have one channel if all of them are grey, else three. Files and folders whose names begin with a dot are
+    skipped. Raises DataError.
     """
     classes = class_folders(root)
     files = [(path, label) for label, name in enumerate(classes) for path in image_files(root / name, "**/*")]
@@ -175,7 +186,7 @@ def from_folder(root: Path, size: int) -> Images:
     for label, name in enumerate(classes):
         if label not in labels:
             raise DataError(f"the class folder {root / name} holds no images: remove it, or put images in")
-    mode = "L" if all(is_grey(path) for path, _ in files[:: max(1, len(files) // 64)]) else "RGB"
+    mode = "L" if all(is_grey(path) for path, _ in files) else "RGB"
     source = f"{len(files):,} images of {root.resolve().name}"
     check_memory(source, len(files), len(mode), size)
 
@@ -184,18 +195,24 @@ def from_folder(root: Path, size: int) -> Images:
         return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
 
     # Threads are enough, since decoding releases Python's lock.
-    pixels = thread_map(read, files, desc=f"reading {root.name}", unit="image", leave=False)
-    return Images(torch.stack(pixels), labels, tuple(classes), source)
+    pixels = thread_map(read, files, desc=f"reading {root.name}", unit="image", leave=False, disable=None)
+    names = tuple(unicodedata.normalize("NFC", name) for name in classes)  # macOS writes é as e and an accent
+    return Images(torch.stack(pixels), labels, names, source)
 
 
 def class_folders(root: Path) -> list[str]:
     """The names of the class folders, [] for a folder that holds images itself. Raises DataError for a mixture."""
     entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-    names = sorted(entry.name for entry in entries if entry.is_dir())
+    names = sorted((entry.name for entry in entries if entry.is_dir()), key=natural)
     names = [name for name in names if not name.startswith("__")]  # macOS and Python leave such folders
     if names and any(entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
         raise DataError(f"{root} holds both images and folders: keep a folder for each class, or images alone")
     return names
+
+
+def natural(name: str) -> list:
+    """A key that sorts "2" before "10"."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def image_files(folder: Path, pattern: str) -> list[Path]:
@@ -220,19 +237,26 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def is_grey(path: Path) -> bool:
     with opened(path) as image:
-        return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+        return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as it should be seen: upright, 8 bits, on white where it is transparent. Raises DataError."""
+    """An image file as it should be seen: upright, 8 bits, on white where it is transparent. Raises DataError.
+
+    16 bits are scaled to 8. Pixels of 32 bits are refused, since nothing says which of their values is white.
+    """
     with opened(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits: save it with 8 or 16 bits")
+        image.load()
+        with contextlib.suppress(Exception):  # a damaged EXIF tag says nothing of the pixels
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if image.mode in ("1", "L", "F") else "RGB")
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

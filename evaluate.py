@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = Parser("evaluate.py", "Measure the quality of generated MNIST digits.")
     flag = parser.add_argument_group("what else to measure").add_argument
-    flag("--npz", type=Path, metavar="FILE", help="images from here: arr_0 (uint8, NHWC), and labels")
+    flag("--npz", type=Path, metavar="FILE", help="images from here: arr_0 (uint8, NHWC), and labels or arr_1")
     flag("--also", nargs="+", default=[], choices=["memorization", "bits"],
          help="minutes more, with MNIST from --data-dir")
     flag("--data-dir", default="data", help="where MNIST is (default: data)")
@@ -60,7 +60,7 @@ def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
             if sum(entry.file_size for entry in archive.infolist()) > dataset.MEMORY_LIMIT:
                 raise ValueError("it does not fit in memory")
         with np.load(path) as file:
-            images, labels = np.asarray(file["arr_0"]), file.get("labels")
+            images, labels = np.asarray(file["arr_0"]), file.get("labels", file.get("arr_1"))
         n, shape = images.shape[0], images.shape[1:]
     except Exception as error:  # a broken file can provoke any
         reason = " ".join(str(error).split())[:100]

@@ -14,6 +14,7 @@ import errno
 import math
 import os
 import shutil
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
@@ -173,18 +174,21 @@ def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
         return list(range(min(10, len(classes)))) or [0] * 10
     if not classes:
         raise UsageError("this model knows no labels: leave --labels out")
+    # Where classes have numbers as names, a number is a name. Elsewhere it counts the classes from 0.
+    numbered = {} if any(name.isdecimal() for name in classes) else {str(i): i for i in range(len(classes))}
+    known = numbered | {name: i for i, name in enumerate(classes)}
     labels = []
     for word in words:
+        word = unicodedata.normalize("NFC", word)
         first, dash, last = word.partition("-")
-        if word in classes:
-            labels.append(classes.index(word))
-        elif first.isdecimal() and (last.isdecimal() or not dash):
-            labels += range(int(first), min(int(last or first), len(classes)) + 1)
+        if word in known:
+            labels.append(known[word])
+        elif dash and {first, last} <= known.keys() and known[first] <= known[last]:
+            labels += range(known[first], known[last] + 1)
         else:
-            names = ", ".join(classes[:20])
-            raise UsageError(f"no class {word!r}: use numbers 0 to {len(classes) - 1}, or names: {names}")
-    if not labels or max(labels) >= len(classes):
-        raise UsageError(f"--labels {' '.join(words)}: the classes are 0 to {len(classes) - 1}")
+            numbers = f"numbers 0 to {len(classes) - 1}, " if numbered else ""
+            names = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+            raise UsageError(f"no class {word!r}: use {numbers}names or a rising range of them: {names}")
     return labels
 
 
@@ -244,9 +248,9 @@ def save_gif(path: Path, images: Tensor, columns: int, durations: list[int]) -> 
 
 
 def save_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: list[int]) -> Path:
-    """Write the images from each of these labels to the next: the noise moves from one image's to the other's, while one
-    label fades into the other. A row for each pair, or with --gif an animation, which ends where it began. Returns the
-    path.
+    """Write the images from each of these labels to the next: the noise moves from one image's to the other's, while
+    one label fades into the other. A row for each pair, or with --gif an animation, which ends where it began. Returns
+    the path.
     """
     if len(labels) < 2:
         raise UsageError("--interpolate needs two labels or more")

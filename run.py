@@ -11,14 +11,17 @@ A run is a folder, by default runs/DATASET-N:
 Under torchrun every process has a Run, and that of process 0 writes the files.
 """
 
-import argparse
 import gc
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import statistics
+import subprocess
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -38,7 +42,6 @@ import dataset
 from cli import LOCAL_RANK, NOT_SETTINGS, RANK, WORLD, Parser, UsageError, WorkError, number
 from dit import DiT
 from sampling import grid
-from speed import make_deterministic
 
 RUNS = Path("runs")
 LOG_EVERY = 10          # steps between two reads of the loss, because each read waits for the GPU
@@ -63,7 +66,7 @@ def add_run_flags(parser: Parser) -> None:
     flag("--seed", 0, "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
     flag("--device", None, "(default: the best there is)", choices=list(parser.presets))
     flag("--precision", None, "of matrix products (default: bf16 where the device has it)", choices=["fp32", "bf16"])
-    flag("--compile", True, "compile the blocks, where that is possible", action=argparse.BooleanOptionalAction)
+    flag("--compile", True, "compile the blocks, where that is possible")
 
 
 class Run:
@@ -85,8 +88,9 @@ class Run:
             raise UsageError(f"{new} is there already: continue it by --resume {new}, or give another --run-dir")
         self.folder, self.state, self.is_new = new, {}, not resume
         if resume:
-            self.state = checkpoint.load(resume)
             self.folder = resume if resume.is_dir() else resume.parent
+            self.lock()
+            self.state = checkpoint.load(resume)
             self.check_state(network)
         self.args, self.device = parser.settings(argv, self.state.get("args", {}), may_change)
         self.step = self.saved_at = self.state.get("step", 0)
@@ -94,7 +98,16 @@ class Run:
         if resume and steps and (self.step > steps or self.step == steps and self.is_finished()):
             raise UsageError(f"{self.folder} is at step {self.step} already: ask for more with --steps")
         self.signal, self.pending, self.intervals = 0, [], []
-        make_deterministic(self.device)
+
+    def lock(self) -> None:
+        """Keep other processes from continuing in this folder for as long as this one lives. Raises UsageError."""
+        if RANK > 0 or not self.folder.is_dir():
+            return
+        self.file_lock = FileLock(self.folder / ".lock")
+        try:
+            self.file_lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UsageError(f"another process is training in {self.folder}: wait until it ends, or stop it") from error
 
     def check_state(self, network: type[DiT]) -> None:
         """Raises UsageError or CheckpointError unless the checkpoint is of a run of this script."""
@@ -129,23 +142,24 @@ class Run:
         if WORLD > 1:
             if RANK > 0:
                 warnings.simplefilter("ignore")  # one process says it for all
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=1))
+            gpu = dict(backend="nccl", device_id=torch.device("cuda", LOCAL_RANK))
+            options = gpu if self.device.type == "cuda" else dict(backend="gloo")
+            dist.init_process_group(timeout=timedelta(hours=1), **options)
             self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
         if LOCAL_RANK > 0:
             dist.barrier()
         data = dataset.load(args.dataset, args.data_dir, image_size, download=LOCAL_RANK == 0)
+        self.fingerprint = data.fingerprint()
         if WORLD > 1:
             if LOCAL_RANK == 0:
                 dist.barrier()
-            sources = [None] * WORLD
-            dist.all_gather_object(sources, data.source)
-            if len(set(sources)) > 1:
-                found = ", ".join(sorted(set(sources)))
-                raise dataset.DataError(f"processes found different data ({found}): give all the same --data-dir")
-        if self.state and self.state["data"] != data.source:
-            found = f"this run was trained on {self.state['data']}, but here are {data.source}"
-            raise UsageError(f"{found}: give its --dataset and --data-dir")
+            fingerprints = [None] * WORLD
+            dist.all_gather_object(fingerprints, self.fingerprint)
+            if len(set(fingerprints)) > 1:
+                raise dataset.DataError("processes found different data: give all the same --dataset and --data-dir")
+        if self.state and self.state.get("fingerprint") != self.fingerprint:
+            found = f"this run began with {self.state['data']}, and here are {data.source}"
+            raise UsageError(f"{found}, with other images, labels or classes: give it the data that it began with")
         args.dataset = args.dataset or data.name
         return data
 
@@ -168,18 +182,21 @@ class Run:
             for partial in self.folder.rglob("*.partial"):
                 partial.unlink()
             log = "".join(json.dumps(entry) + "\n" for entry in read_log(self.folder) if entry["step"] <= self.step)
+            if self.is_new:
+                self.lock()
             checkpoint.write_whole(self.folder / "log.jsonl", lambda file: file.write(log.encode()))
             print(f"{self.folder}: {self.announcement(trainer, data.source, what)}", flush=True)
         self.tensorboard = tensorboard_writer(self.folder, self.step)
-        total = self.args.steps
-        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
+        self.bar = progress_bar(self.args.steps, self.step)
         self.started = self.clock = time.perf_counter()
-        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # which alone may set them
+            handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for n, handler in handlers.items():
+                signal.signal(n, handler)
             self.bar.close()
             if self.tensorboard:
                 self.tensorboard.close()
@@ -220,9 +237,10 @@ class Run:
         self.step += 1
         self.pending.append((loss, norm, lr))
         self.bar.update()
+        planned = False
         if self.step % LOG_EVERY == 0:
             self.write_log()
-        planned = self.args.steps is None and self.plan_steps()
+            planned = self.args.steps is None and self.plan_steps()
         if planned or self.is_milestone():
             self.save(trainer)
         if self.is_milestone():
@@ -304,6 +322,7 @@ class Run:
         if RANK == 0:
             settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SETTINGS}
             about = {**self.description, "step": self.step, "script": self.script, "args": settings}
+            about["fingerprint"] = self.fingerprint
             checkpoint.save(self.folder / "checkpoint.pt", {**about, **state})
         self.saved_at, self.is_new = self.step, False
 
@@ -316,13 +335,15 @@ class Run:
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
             gc.collect()  # a figure refers to itself, and left to itself its memory would be freed late
-            self.clock = time.perf_counter()  # this time does not belong to the speed of training
+            self.bar.unpause()  # this time does not belong to the speed of training
+            self.clock = time.perf_counter()
 
     def finish(self, weights: dict) -> int:
         """Write weights.safetensors, or print how a run that was stopped can be resumed. Returns the exit status."""
         stopped = self.args.steps is None or self.step < self.args.steps
         if RANK == 0 and stopped:
-            how = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
+            quote = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])
+            how = f"python {self.script} --resume {quote(str(self.folder))}"
             print(f"stopped after step {self.step}; resume with: {how}")
         elif RANK == 0:
             description = {**self.description, "step": self.step}
@@ -345,7 +366,7 @@ def distributed(network: nn.Module) -> nn.Module:
         return network
     # PyTorch's warning is of the strides of axes of length 1, which have no meaning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(network)
+    return DistributedDataParallel(network, broadcast_buffers=False)  # the positions never change
 
 
 def new_folder(name: str) -> Path:
@@ -355,6 +376,17 @@ def new_folder(name: str) -> Path:
         with suppress(FileExistsError):  # perhaps made by a run that began this very moment
             folder.mkdir(parents=True)
             return folder
+
+
+def progress_bar(steps: int | None, step: int) -> tqdm:
+    """A progress bar; where the output is no terminal, a line a minute."""
+    terminal = sys.stderr.isatty()
+    seconds = 0.1 if terminal else 60
+    shape = None if terminal else "{l_bar}{bar:20}{r_bar}\n"
+    return tqdm(
+        total=steps, initial=step, unit="step", dynamic_ncols=terminal, disable=RANK > 0, mininterval=seconds,
+        maxinterval=seconds, bar_format=shape,
+    )
 
 
 def tensorboard_writer(folder: Path, step: int) -> object | None:
@@ -387,11 +419,11 @@ def plot_loss(folder: Path) -> None:
         return
     losses, steps = torch.tensor([entry["loss"] for entry in entries]), [entry["step"] for entry in entries]
     window = min(len(losses), 100)
-    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
-        xlabel="step", ylabel="loss", yscale="log", title=folder.name
-    )
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    axes.set_title(folder.name, parse_math=False)
     axes.plot(steps, losses, alpha=0.3, linewidth=0.5, label="each batch")
     axes.plot(steps[window - 1 :], losses.unfold(0, window, 1).mean(1), label=f"mean of {window}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    checkpoint.write_whole(folder / "loss.png", lambda file: axes.figure.savefig(file, dpi=120))
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks, such as Chinese ones
+        checkpoint.write_whole(folder / "loss.png", lambda file: axes.figure.savefig(file, dpi=120))

@@ -75,7 +75,7 @@ class TrainedModel:
         images = []
         with tqdm(
             total=len(batches) * settings["steps"], desc=what, unit="step", leave=False, dynamic_ncols=True,
-            disable=not show_progress,
+            disable=None if show_progress else True,  # None: where the output is no terminal
         ) as bar:
             def after_step(*step) -> None:
                 bar.update()

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -88,11 +87,3 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Make CUDA repeat itself to the bit, for resuming, and warn of operations that cannot. A CPU does so anyway."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False

@@ -35,7 +35,6 @@ PRESETS = {
 TIMESTEPS = 1000       # T, as in DDPM
 MAX_NORM = 1.0         # gradients are clipped to this norm
 FIRST_INDEX = 2**31    # training's random generators are numbered from here, those of sampled images from 0
-YES_NO = dict(action=argparse.BooleanOptionalAction)
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -50,7 +49,7 @@ def add_training_flags(parser: Parser) -> None:
     flag("--warmup", 100, "steps in which the learning rate rises to that", type=number(int, 0))
     flag("--lr-schedule", "cosine", "the learning rate after that", choices=["cosine", "constant"])
     flag("--ema-decay", 0.999, "of the averaged weights, which are used for sampling", type=number(float, 0, 1))
-    flag("--gradient-checkpointing", False, "use less memory, and a third more time", **YES_NO)
+    flag("--gradient-checkpointing", False, "use less memory, and a third more time")
     add_run_flags(parser)
 
 
@@ -60,13 +59,13 @@ def build_parser() -> Parser:
     flag("--model", None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
     flag("--image-size", None, f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)",
          type=number(int, 1, 4096))
-    flag("--learn-sigma", False, "also predict the variance of the reverse steps", **YES_NO)
+    flag("--learn-sigma", False, "also predict the variance of the reverse steps")
     flag = parser.group("diffusion")
     flag("--schedule", "flow", "how the noise grows with the timestep", choices=list(SCHEDULES))
     flag("--prediction", "x0", "what the network predicts", choices=PREDICTIONS)
     flag("--timestep-distribution", "logit-normal", "of the training timesteps", choices=TIMESTEP_DISTRIBUTIONS)
     flag("--timestep-mean", 0.0, "of logit-normal; above 0 for more noise", type=number(float, -5, 5))
-    flag("--min-snr", None, "weight the loss by min(SNR, this) (default: off; 5 is usual)", type=number(float, 1e-9, 1e9))
+    flag("--min-snr", None, "weight the loss by min(SNR, this) (default: off)", type=number(float, 1e-9, 1e9))
     flag("--label-dropout", 0.1, "fraction of the labels that is dropped, for guidance", type=number(float, 0, 1))
     flag("--guidance", None, "scale for sampling; with LOW HIGH, at these timesteps only (default: 2 at 300 to 800 for "
          "flow, else 1.5; 1 without label dropout)", type=number(float, 0, TIMESTEPS), nargs="+", metavar="W")
@@ -189,11 +188,13 @@ def network_config(args: argparse.Namespace, data: dataset.Images, choose_patch:
     C, S, _ = data.pixels[0].shape
     if choose_patch and S % MODELS[args.model]["patch_size"]:
         args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
+    patch = MODELS[args.model]["patch_size"]
+    if S % patch:
+        sizes = f"{max(S // patch, 1) * patch} or {(S // patch + 1) * patch}"
+        raise UsageError(f"{args.model} cuts images into patches of {patch} pixels, and these have {S}: "
+                         f"use --image-size {sizes}, or a --model of other patches")
     shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
-    try:
-        return DiTConfig(**MODELS[args.model], **shape)
-    except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
+    return DiTConfig(**MODELS[args.model], **shape)
 
 
 def default_guidance(args: argparse.Namespace) -> list[float]:

@@ -32,7 +32,7 @@ from distill import STEP_COUNTS, ShortcutModel  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
 from inference import DEFAULT_STEPS, find_checkpoint, load_model  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
-from speed import best_precision, make_deterministic  # noqa: E402
+from speed import best_precision  # noqa: E402
 from train import PRESETS, Trainer, build_parser, default_guidance  # noqa: E402
 from variance import LearnedVariance  # noqa: E402
 
@@ -167,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=list(PRESETS), help="(default: the best there is)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    make_deterministic(device)
     weights = args.checkpoint or find_checkpoint()
     trained = load_model(weights, device)
     cases = [case for case in CASES if not args.models or case[0] in args.models]
