@@ -1,6 +1,7 @@
 """What the command lines share: errors that take one line, argument types, the choice of a device, new file names."""
 
 import argparse
+import io
 import itertools
 import os
 import re
@@ -62,7 +63,7 @@ class Output:
     """
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream or Path(os.devnull).open("w")  # a closed stderr is None
+        self.stream = stream or io.StringIO()  # a closed stderr is None
         with suppress(AttributeError, OSError):
             self.stream.reconfigure(errors="replace")  # for names that the terminal cannot show
 

@@ -209,7 +209,6 @@ class DistillTrainer(Trainer):
     def __init__(self, teacher: TrainedModel, args, device: torch.device, state: dict | None = None):
         self.teacher = teacher
         super().__init__(teacher.model.config, args, device, state)
-        self.ddp_fake = distributed(self.fake)
 
     def make_networks(self) -> None:
         teacher = self.teacher.model
@@ -219,9 +218,14 @@ class DistillTrainer(Trainer):
         self.model.load_state_dict(teacher.state_dict(), strict=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.fake = copy.deepcopy(teacher).requires_grad_(True)
+        self.ddp_fake = distributed(self.fake)
         self.optimizers = make_optimizers(self.model, self.args)
         self.fake_optimizers = make_optimizers(self.fake, self.args)
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
+
+    def dry_run(self) -> None:
+        super().dry_run()
+        self.fake.zero_grad()
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss, norm = super().step(number, x0, y)  # its backward pass has reached `fake`, too

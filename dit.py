@@ -32,7 +32,7 @@ SIZES = {
 MODELS = {
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, (width, depth, heads) in SIZES.items()
-    for patch in ((2, 4, 7, 8) if name in "NUT" else (2, 4, 8))
+    for patch in ((2, 4, 7, 8, 14) if name in "NUT" else (2, 4, 8))
 }
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -52,32 +52,27 @@ class CompiledGELU(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
-def compile_blocks(blocks: list[nn.Module], batch_size: int, tokens: int, device: torch.device, precision: str) -> bool:
+def compile_blocks(blocks: list[nn.Module], dry_run: Callable[[], None]) -> bool:
     """Compile DiT blocks that are all alike, and therefore compiled once. Returns whether that is possible here.
 
-    The first block is run forward and backward on a blank batch (batch_size, tokens, D), to see whether it is. Where it
-    is not, the blocks stay eager, with a warning.
+    dry_run: runs them forward and backward, to see whether it is. Where it is not, they stay eager, with a warning.
     """
     for block in blocks:
         block.mlp.act = CompiledGELU()
         block.compile(dynamic=False)
     # Where there is CUDA's compiler and no GPU, PyTorch would warn that it could not use the one for the other.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    D = blocks[0].attn.proj.in_features
-    x = torch.zeros(batch_size, tokens, D, device=device, requires_grad=True)
-    c = torch.zeros(batch_size, D, device=device, requires_grad=True)
     try:
-        with autocast(device, precision):
-            blocks[0](x, c).sum().backward()
-    except (torch.OutOfMemoryError, MemoryError):  # the batch is too large, compiled or not
-        raise
+        dry_run()
     except Exception as error:  # no compiler, no Triton, a GPU that is too old
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+            raise  # the batch is too large, compiled or not
         for block in blocks:
             block._compiled_call_impl = None
         reason = str(error).strip().splitlines()[0][:100]
         warnings.warn(f"torch.compile does not work here ({reason}): training runs without it, slower", stacklevel=2)
-    blocks[0].zero_grad()
-    return blocks[0]._compiled_call_impl is not None
+        return False
+    return True
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:

@@ -95,9 +95,8 @@ class Trainer:
                 self.load(state)
         if args.gradient_checkpointing:
             checkpoint_blocks(self.model.blocks)
-        batch_shape = self.micro_batch_size, self.model.pos_embed.shape[1]
-        self.compiled = args.compile and compile_blocks(self.blocks, *batch_shape, device, args.precision)
         self.ddp_model = distributed(self.model)
+        self.compiled = args.compile and compile_blocks(self.blocks, self.dry_run)
 
     def make_networks(self) -> None:
         """The process, the network, the moving average of its weights (used for sampling), the optimizers."""
@@ -109,6 +108,16 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model, args)
         self.blocks = list(self.model.blocks)  # to compile
+
+    def dry_run(self) -> None:
+        """A forward and a backward pass of blank images, which changes nothing."""
+        n = self.micro_batch_size
+        t, _, eps = (values[:n].to(self.device) for values in self.randomness(0))
+        x0, y = torch.zeros(n, *self.shape, device=self.device), torch.zeros(n, dtype=torch.long, device=self.device)
+        self.ddp_model.require_backward_grad_sync = True
+        with fast_attention(self.device, self.args.precision):
+            self.loss(x0, y, t, eps).backward()
+        self.model.zero_grad()
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
@@ -204,12 +213,12 @@ def default_guidance(args: argparse.Namespace) -> list[float]:
     return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) -> int:
     """Train as the command line says. Returns the exit status.
 
     Raises UsageError, DataError, CheckpointError, WorkError.
     """
-    run = Run(build_parser(), argv, Trainer.network)
+    run = Run(build_parser(), argv, trainer_class.network)
     args = run.args
     if run.given.timestep_mean and args.timestep_distribution != "logit-normal":
         raise UsageError("--timestep-mean is for logit-normal timesteps: leave it out")
@@ -217,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     guidance_settings(args.guidance, TIMESTEPS)  # raises UsageError before the data is loaded
     data = run.load_data(args.image_size)
     config = network_config(args, data, choose_patch=run.is_new and not run.given.model)
-    trainer = Trainer(config, args, run.device, run.state)
+    trainer = trainer_class(config, args, run.device, run.state)
     with run.open(trainer, data, args.model):
         train(trainer, run, data)
     return run.finish(trainer.ema.state_dict())
