@@ -1,0 +1,89 @@
+"""What the experiments share: train a network to a number of steps, and measure its samples there."""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint  # noqa: E402
+import train  # noqa: E402
+from dit import DiT, DiTConfig  # noqa: E402
+from metrics import Reference, labels_as_in, measure  # noqa: E402
+from sampling import TrainedModel, to_uint8  # noqa: E402
+
+
+def train_to(folder: Path, network: type[DiT], flags: list[str], steps: int) -> dict:
+    """Train a run in this folder until it has done so many steps, resuming what is there. Returns its checkpoint."""
+    trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
+    done = checkpoint.load(folder)["step"] if (folder / "checkpoint.pt").exists() else -1
+    if done < steps:
+        run = ["--run-dir", str(folder), *flags] if done < 0 else ["--resume", str(folder)]
+        status = train.main([*run, "--steps", str(steps), "--save-every", str(steps)], trainer_class)
+        if status:
+            raise SystemExit(status)
+    return checkpoint.load(folder)
+
+
+def trained_model(state: dict, network: type[DiT]) -> TrainedModel:
+    return TrainedModel(*checkpoint.build(state, network=network))
+
+
+def measure_samples(trained: TrainedModel, reference: Reference, count: int, precision: str) -> dict[str, float]:
+    """Accuracy and rho of so many samples without guidance, in 20 steps of DPM-Solver++, seed 0."""
+    labels = labels_as_in(reference.tensors["labels.test"], count)
+    options = dict(guidance=1.0, guidance_interval=None, precision=precision)
+    table = measure(to_uint8(trained.sample(labels, 250, **options)), labels, reference)
+    return {
+        "accuracy": table["accuracy"]["generated"],
+        "FD": table["FD, classifier"]["generated"],
+        "rho": table["rho, classifier"]["generated"],
+        "rho, random": table["rho, random"]["generated"],
+    }
+
+
+def gflops(network: type[DiT], config: DiTConfig) -> float:
+    """The floating-point operations of a forward pass of one image, in 10^9, as torch.utils.flop_counter counts them: a
+    multiplication and an addition of a matrix product are two.
+    """
+    one = torch.zeros(1, dtype=torch.long)
+    x = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a fused one counts twice
+        network(config)(x, one, one)
+    return counter.get_total_flops() / 1e9
+
+
+def seconds_a_step(networks: dict[str, tuple[type[DiT], DiTConfig]], rounds: int = 5) -> dict[str, float]:
+    """The seconds of a training step of each network, with the default settings: the median of rounds in turn, so that
+    whatever else the machine does slows all of them alike.
+    """
+    trainers = {}
+    for name, (network, config) in networks.items():
+        args, device = train.build_parser().settings([], {}, set())
+        args.guidance = train.default_guidance(args)
+        trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
+        trainers[name] = trainer_class(config, args, device)
+    x0, y = torch.zeros(args.batch_size, *trainers[name].shape, device=device), torch.zeros(args.batch_size).long()
+    times = {name: [] for name in networks}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            trainer.step(0, x0, y.to(device))  # the first one of a round fills the caches
+            begin = time.perf_counter()
+            for _ in range(5):
+                norm = trainer.step(0, x0, y.to(device))[1]
+            norm.item()  # waits for a GPU
+            times[name].append((time.perf_counter() - begin) / 5)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def hardware() -> str:
+    """The machine and its threads, in words, for the figures of a table."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
