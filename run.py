@@ -270,7 +270,7 @@ class Run:
                 self.tensorboard.add_scalar(name, entries[-1][name], self.step)
         seconds = (time.perf_counter() - self.clock) / len(entries)
         self.intervals.append(seconds)
-        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {self.args.batch_size / seconds:.0f} img/s")
+        self.bar.set_postfix_str(f"loss {losses.mean():.4f}, {self.args.batch_size / seconds:.0f} img/s", refresh=False)
         self.pending, self.clock = [], time.perf_counter()
 
     def diverged(self, what: str, step: int) -> NoReturn:

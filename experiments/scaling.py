@@ -1,0 +1,130 @@
+"""More parameters or more tokens: section 4 and Figures 6 to 9 of the DiT paper, in miniature.
+
+    python experiments/scaling.py                            some hours on one CPU core; resumes where it stopped
+    python experiments/scaling.py --quick                    the same in a minute, with results that mean nothing
+
+Networks of three sizes, each with patches of 14, 7 and 4 pixels, are trained for the same number of steps on the same
+images, with a constant learning rate, so that each point of a curve is the end of a training of that length. The paper
+finds that sample quality follows the GFLOPs of a forward pass, however they are spent. No guidance.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from common import gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+
+import checkpoint
+from cli import ASSETS, Parser, run_script
+from dit import MODELS, DiT, DiTConfig
+from metrics import Reference
+from sampling import grid
+
+SIZES = {"N": "#8A8A8A", "U": "#D55E00", "T": "#0072B2"}  # and their colours
+PATCHES = {14: "s", 7: "o", 4: "^"}                        # and their markers
+BATCH_SIZE = 128
+
+
+def run_one(size: str, patch: int, args, reference: Reference) -> tuple[list[dict], torch.Tensor]:
+    """The numbers of one network after each of args.steps, and ten of its samples, the same noise for all networks."""
+    model = f"DiT-{size}/{patch}"
+    folder, rows = args.runs / f"{size}{patch}", []
+    flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--lr-schedule", "constant", "--model", model]
+    flags += ["--batch-size", str(BATCH_SIZE), "--lr", "4e-3"]
+    for steps in args.steps:
+        result = folder / f"measured-{steps}-{args.count}.json"
+        state = train_to(folder, DiT, flags, steps)
+        trained = trained_model(state, DiT)
+        if not result.exists():
+            row = dict(
+                model=model, size=size, patch=patch, steps=steps, hardware=hardware(),
+                parameters=sum(p.numel() for p in trained.model.parameters()),
+                gflops=gflops(DiT, trained.model.config),
+                **measure_samples(trained, reference, args.count, state["args"]["precision"]),
+            )
+            result.write_text(json.dumps(row))
+        rows.append(json.loads(result.read_text()))
+    return rows, trained.sample(torch.arange(10), 10, guidance=1.0, guidance_interval=None)
+
+
+def correlation(x: list[float], y: list[float]) -> float:
+    """Pearson's, of the logarithms, as in the paper."""
+    return torch.corrcoef(torch.tensor([x, y], dtype=torch.float64).log())[0, 1].item()
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """rho after the last step against GFLOPs (Figure 8), against training compute (Figure 9), and against time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    last = max(row["steps"] for row in rows)
+    final = [row for row in rows if row["steps"] == last]
+    r = correlation([row["gflops"] for row in final], [row["rho"] for row in final])
+    for size, colour in SIZES.items():
+        for patch, marker in PATCHES.items():
+            mine = [row for row in rows if (row["size"], row["patch"]) == (size, patch)]
+            if not mine:
+                continue
+            style = dict(color=colour, marker=marker, label=f"{size}/{patch}")
+            panels[0].plot(mine[-1]["gflops"], mine[-1]["rho"], linestyle="", **style)
+            # A training step costs about three forward passes (the paper, section 4).
+            compute = [3 * row["gflops"] * BATCH_SIZE * row["steps"] for row in mine]
+            panels[1].plot(compute, [row["rho"] for row in mine], **style)
+            minutes = [row["seconds_a_step"] * row["steps"] / 60 for row in mine]
+            panels[2].plot(minutes, [row["rho"] for row in mine], **style)
+    panels[0].set(xlabel="GFLOPs of a forward pass", ylabel="rho (1: real images)", title=f"correlation {r:.2f}")
+    panels[1].set(xlabel="GFLOPs of the training so far", title="the way there, by compute")
+    panels[2].set(xlabel="minutes of training", title="and by time")
+    for axes in panels:
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[2].legend(ncols=3, fontsize="small")
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | M parameters | tokens | GFLOPs | ms a step | steps | accuracy | rho | rho, random |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        tokens = math.ceil(28 / r["patch"]) ** 2
+        lines.append(
+            f"| {r['model']} | {r['parameters'] / 1e6:.2f} | {tokens} | {r['gflops']:.4f} "
+            f"| {1000 * r['seconds_a_step']:.0f} | {r['steps']:,} | {r['accuracy']:.2%} | {r['rho']:.2f} "
+            f"| {r['rho, random']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("scaling.py", "Compare DiTs of several sizes and patches.")
+    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
+    parser.add_argument("--dataset", default="mnist", help="as of train.py (default: mnist)")
+    parser.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to (default: data)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/scaling"), help="(default: runs/scaling)")
+    parser.add_argument("--output", type=Path, help="folder of all results (default: experiments and assets)")
+    args = parser.parse_args(argv)
+    args.steps, args.count = ([2, 4], 20) if args.quick else ([250, 500, 1000], 2000)
+    sizes = list(SIZES)[:2] if args.quick else list(SIZES)
+    patches = list(PATCHES)[:2] if args.quick else list(PATCHES)
+    reference, rows, samples = Reference(), [], []
+    for size in sizes:
+        for patch in patches:
+            numbers, images = run_one(size, patch, args, reference)
+            rows, samples = rows + numbers, [*samples, images]
+            print(f"{size}/{patch}: rho {numbers[-1]['rho']:.2f}", flush=True)
+    configs = {f"DiT-{s}/{p}": (DiT, DiTConfig(**MODELS[f"DiT-{s}/{p}"])) for s in sizes for p in patches}
+    seconds = seconds_a_step(configs, 1 if args.quick else 3)
+    for row in rows:
+        row["seconds_a_step"] = seconds[row["model"]]
+    content = json.dumps(rows, indent=1).encode()
+    checkpoint.write_whole((args.output or Path(__file__).parent) / "scaling.json", lambda file: file.write(content))
+    plot(rows, (args.output or ASSETS) / "scaling.png")
+    picture = grid(torch.cat(samples), columns=10)  # as Figure 7: a row for each network, from the same noise
+    checkpoint.write_whole((args.output or ASSETS) / "scaling-samples.png", lambda file: picture.save(file, "PNG"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main)
