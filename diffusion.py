@@ -285,12 +285,12 @@ def ddpm(
 
 @torch.no_grad()
 def ddim(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable,
+    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
     constrain: Callable = clip, eta: float = 0.0,
 ) -> Tensor:
     """DDIM, arXiv 2010.02502, Eq. 12 and 16: combine x0_hat and eps_hat at the noise level of s.
 
-    With eta = 0 it is deterministic, and for flow it is Euler's method. With eta = 1 it is DDPM.
+    With eta = 0 it is deterministic, needs no noise(), and for flow is Euler's method. With eta = 1 it is DDPM.
     """
     alpha, sigma = diffusion.alpha, diffusion.sigma
     for t, s in pairwise([*timesteps, -1]):

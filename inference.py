@@ -3,7 +3,7 @@
     python inference.py                                     rows 0 to 9 of digits, one picture
     python inference.py --labels 3 1 4 1 5 --guidance 2
     python inference.py --trajectory
-    python inference.py --interpolate 3 8 --gif --sampler shortcut --steps 1
+    python inference.py --interpolate 3 8 --gif --sampler shortcut --steps 2
     torchrun --nproc-per-node=4 inference.py --npz samples.npz --count 50000
 
 This is the command line. The sampling itself is in sampling.py, and that of distilled weights in distill.py.
@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import unicodedata
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -254,6 +255,9 @@ def save_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
     """
     if len(labels) < 2:
         raise UsageError("--interpolate needs two labels or more")
+    if trained.settings["steps"] == 1:  # a mixture of two predictions, which is a mixture of pixels
+        warnings.warn("in one step, one digit would only fade into the other: interpolating in 2 steps", stacklevel=2)
+        trained.settings["steps"] = 2
     path = output_path(args.output, "interpolation.gif" if args.gif else "interpolation.png")
     noise = image_noise(args.seed, range(len(labels)), trained.shape, "cpu")()
     ends = list(zip(labels, noise, strict=True))

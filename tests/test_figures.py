@@ -1,22 +1,19 @@
 """Claims about the figures: one command makes each of them anew, from the code and the weights."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "assets"))
-import make_figures  # noqa: E402
+import make_figures
+from conftest import run_script
 
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
     """Make a figure in an empty folder, and open it."""
     monkeypatch.setattr(make_figures, "ASSETS", tmp_path)
-    monkeypatch.setattr(make_figures, "JUDGED", 20)
+    monkeypatch.setattr(make_figures, "COUNT", 20)
 
     def make(name, *arguments):
         make_figures.FIGURES[name](*arguments)
@@ -26,6 +23,7 @@ def made(monkeypatch, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in make_figures.FIGURES if name not in ("denoising", "loss")])
 def test_each_figure_is_made_in_the_same_width(made, name):
     picture = made(name)
@@ -34,6 +32,7 @@ def test_each_figure_is_made_in_the_same_width(made, name):
     assert picture.getpixel((0, 0))[:3] == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_the_animation_ends_with_the_digits(made):
     picture = made("denoising")
     assert picture.n_frames == 21
@@ -41,12 +40,13 @@ def test_the_animation_ends_with_the_digits(made):
     assert (np.asarray(picture.convert("L")) < 60).mean() > 0.7  # digits on black, and no noise
 
 
-def test_the_loss_of_a_run_is_drawn_with_its_samples(made, tiny_run):
+@pytest.mark.slow
+def test_the_loss_of_a_run_is_plotted_with_its_samples(made, tiny_run):
     assert made("loss", tiny_run).width == 1540
 
 
-def test_attention_weights_are_shares(monkeypatch):
-    trained = make_figures.open_weights(make_figures.BUNDLED_WEIGHTS)
+def test_attention_weights_add_up_to_one(monkeypatch):
+    trained = make_figures.load_model(make_figures.BUNDLED_WEIGHTS)
     times, x_t, x0_hat, maps = make_figures.attention_maps(trained, 3, steps=4)
     config = trained.model.config
     assert maps.shape == (4, config.depth, config.num_heads, 16, 16)
@@ -56,7 +56,7 @@ def test_attention_weights_are_shares(monkeypatch):
 
 
 def test_an_unknown_figure_is_refused_in_one_line(tmp_path):
-    result = run_script("assets/make_figures.py", "portrait", cwd=tmp_path)
+    result = run_script("tools/make_figures.py", "portrait", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("make_figures.py: error: no figure 'portrait': use denoising, ")
     assert result.stderr.count("\n") == 1

@@ -1,0 +1,238 @@
+"""Claims about distillation: long steps are learned from two halves, distributions are matched, runs resume."""
+
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from checkpoint import CheckpointError
+from cli import UsageError
+from conftest import TINY, run_script
+from diffusion import Diffusion, ddim, sample_timesteps
+from distill import (
+    STEP_COUNTS,
+    ShortcutDiT,
+    ddim_step,
+    invert_ddim_step,
+    main,
+    matching_loss,
+    sample_steps,
+    shortcut,
+    shortcut_loss,
+    shortcut_timesteps,
+)
+from dit import DiT, DiTConfig
+from inference import load_model
+from test_diffusion import T, every_schedule, gaussian, optimal_for_gaussian
+from test_diffusion import images as random_images
+from test_train import assert_equal_states, losses
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_a_shortcut_network_begins_as_the_network_it_copies():
+    torch.manual_seed(0)
+    config = dict(image_size=8, patch_size=4, hidden_size=16, depth=1, num_heads=1)
+    plain, student = DiT(DiTConfig(**config)), ShortcutDiT(DiTConfig(**config))
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    missing = student.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing.missing_keys} == {"d_embedder"} and not missing.unexpected_keys
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999]), torch.tensor([0, 1, 2])
+    whole, half = torch.stack([t, t - 1000], 1), torch.stack([t, t - 500], 1)
+    for steps in (whole, half):
+        assert torch.equal(student(x, steps, y), plain(x, t, y))
+    torch.nn.init.normal_(student.d_embedder.mlp[2].weight)
+    assert not torch.allclose(student(x, whole, y), student(x, half, y))
+
+
+@every_schedule
+def test_a_step_can_be_inverted_and_is_that_of_ddim(schedule):
+    d, x0, x_t = Diffusion(schedule, "x0"), random_images(), gaussian(0)
+    t, s = torch.tensor([999, 499, 30, 61]), torch.tensor([499, -1, -1, 30])
+    x_s = ddim_step(d, x_t, x0, t, s)
+    torch.testing.assert_close(invert_ddim_step(d, x_t, x_s, t, s), x0, rtol=0, atol=1e-3)
+    torch.testing.assert_close(x_s[1:3], x0[1:3])
+    middle = ddim_step(d, x_t, x0, torch.tensor(999), torch.tensor(499))
+    expected = ddim(d, lambda x, t: x0, x_t, [999, 499])
+    torch.testing.assert_close(ddim_step(d, middle, x0, t[1], s[1]), expected)
+
+
+def test_steps_to_learn_are_those_that_the_sampler_takes():
+    paths = {n: [*pairwise([*shortcut_timesteps(T, n), -1])] for n in STEP_COUNTS}
+    sampled = [tuple(step) for step in sample_steps(10_000, T, torch.Generator().manual_seed(0)).tolist()]
+    assert set(sampled) == {step for path in paths.values() for step in path}
+    for i, n in enumerate([1, 1, 2, 4, 8, 16, 32, 32, 32, 32]):
+        assert set(sampled[i::10]) == set(paths[n])
+    starts = [sum(t == T - 1 for t, _ in sampled[i::10]) / 1000 for i in (5, 9)]
+    assert starts == pytest.approx([0.3 + 0.7 / 16, 1 / 32], abs=0.05)
+
+
+@every_schedule
+def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
+    """A model that takes each step as two halves, and the smallest as its teacher's, has no loss, and samples in one
+    step what the teacher samples in 64. One that takes them as a teacher of other data would has a loss at each size."""
+    d, y = Diffusion(schedule, "x0"), torch.zeros(64, dtype=torch.long)
+    optimal = optimal_for_gaussian(d, 0.2, 0.1)
+
+    def teacher(x, steps, y):
+        return torch.cat([optimal(x[i : i + 1], t) for i, t in enumerate(steps[:, 0].tolist())])
+
+    def model(x, steps, y):
+        return torch.cat([one(x[i : i + 1], t, s) for i, (t, s) in enumerate(steps)])
+
+    def one(x, t, s):
+        middle, now = (t + s) // 2, x
+        for a, b in ((t, middle), (middle, s)):
+            half = optimal(now, int(a)) if t - s < 40 else one(now, a, b)
+            now = ddim_step(d, now, half, a[None], b[None])
+        return invert_ddim_step(d, x, now, t[None], s[None])
+
+    steps, eps = sample_steps(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
+    x0 = 0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1]
+    loss, x0_hat = shortcut_loss(d, model, model, teacher, x0, y, steps, eps)
+    assert loss.max() < 1e-5
+    other, off = shortcut_loss(d, lambda *a: model(*a) + 0.1, model, teacher, x0, y, steps, eps)
+    torch.testing.assert_close(off, x0_hat + 0.1)
+    torch.testing.assert_close(other, 0.01 / d.tables["sigma"][steps[:, 0]], rtol=0.01, atol=1e-4)
+
+    x = gaussian(3, 1)[:, :1, :1, :1]
+    one_step = shortcut(d, lambda x, step: model(x, torch.tensor([step]), None), x, shortcut_timesteps(T, 1))
+    torch.testing.assert_close(one_step, ddim(d, lambda x, t: optimal(x, t), x, halves()), rtol=0, atol=1e-3)
+
+
+def halves() -> list[int]:
+    """The timesteps of the reverse process, cut in two six times."""
+    path = [T - 1, -1]
+    for _ in range(6):
+        path = [n for t, s in pairwise(path) for n in (t, (t + s) // 2)] + [-1]
+    return path[:-1]
+
+
+@every_schedule
+def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule):
+    """A student that samples N(m, c^2), with m and c to be learned, while `fake` knows at each time what it samples."""
+    d, generator = Diffusion(schedule, "x0"), torch.Generator().manual_seed(0)
+    m, c = torch.tensor(-0.5, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    y, optimizer = torch.zeros(500, dtype=torch.long), torch.optim.SGD([m, c], lr=0.05)
+
+    def optimal(m, c):
+        def predict(x, t, y):
+            a, s = d.extract("alpha", t), d.extract("sigma", t)
+            return m + a * c**2 / (a**2 * c**2 + s**2) * (x - a * m)  # E[x0 | x_t], as above
+
+        return predict
+
+    teacher = optimal(0.2, 0.1)
+    for _ in range(500):
+        x = m + c * torch.randn(500, 1, 1, 1, generator=generator)
+        t = sample_timesteps(500, T, "logit-normal", generator)
+        noise = torch.randn(500, 1, 1, 1, generator=generator)
+        loss, _ = matching_loss(d, teacher, optimal(m.detach(), c.detach()), x, y, t, noise)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    assert [m.item(), c.item()] == pytest.approx([0.2, 0.1], abs=0.03)
+    loss, _ = matching_loss(d, teacher, teacher, x, y, t, noise)
+    assert loss.max() == 0  # where the two networks agree, nothing is left to learn
+
+
+def test_matching_teaches_the_student_and_the_network_beside_it_apart():
+    d, y, t = Diffusion("flow", "v"), torch.zeros(4, dtype=torch.long), torch.tensor([20, 300, 600, 999])
+    x, w = random_images().requires_grad_(True), torch.tensor(0.5, requires_grad=True)
+    student, fake = matching_loss(d, lambda x, t, y: 0.1 * x, lambda x, t, y: w * x, x, y, t, gaussian(0))
+    assert torch.autograd.grad(student.sum(), w, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(fake.sum(), x, allow_unused=True, retain_graph=True) == (None,)
+    ordinary = d.training_loss(lambda x, t, y: w * x, x.detach(), y, t, gaussian(0))
+    s = d.tables["sigma"][t]
+    torch.testing.assert_close(fake, ordinary * s**2 / s.clamp(min=0.05) ** 2)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 64])
+def test_other_numbers_of_shortcuts_are_refused(steps):
+    with pytest.raises(ValueError, match="use 1, 2, 4, 8, 16, 32"):
+        shortcut_timesteps(T, steps)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(tiny_run / "weights.safetensors", teacher)
+    arguments = [teacher, "--dataset", images, "--batch-size", 16, "--warmup", 2, "--no-compile"]
+    arguments += ["--device", "cpu", "--lr-schedule", "constant"]
+    assert run(*arguments, "--steps", 6, "--run-dir", tmp_path / "whole") == 0
+    assert run(*arguments, "--steps", 3, "--run-dir", tmp_path / "parts") == 0
+    teacher.unlink()
+    assert run("--resume", tmp_path / "parts", "--steps", 6) == 0
+    whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("model", "ema", "fake", "optimizers", "fake_optimizers", "teacher", "config", "guidance"):
+        assert_equal_states(whole[part], parts[part])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    for name in ("final_layer.linear.weight", "blocks.0.attn.qkv.weight"):  # of a network that began as its copy
+        assert not torch.equal(whole["fake"][name], whole["teacher"]["ema"][name])
+    assert whole["network"] == "ShortcutDiT" and whole["guidance"] == 1.0
+    assert whole["args"]["guidance"] == [2.0, 300, 800]
+    with pytest.raises(UsageError, match="--guidance was .* in this run and cannot change"):
+        run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
+    with pytest.raises(UsageError, match="is distilled already"):
+        run(tmp_path / "whole", "--dataset", images)
+    for command in (train.main, main):  # each resumes its own runs
+        with pytest.raises(CheckpointError, match="was not begun by"):
+            folder = tmp_path / "parts" if command is train.main else tiny_run
+            command(["--resume", str(folder), "--steps", "30"])
+
+
+@pytest.mark.slow
+def test_two_processes_distill_as_one(tiny_run, images, tmp_path):
+    arguments = [tiny_run, "--dataset", images, "--batch-size", 16, "--steps", 4, "--lr", 1e-3]
+    arguments += ["--no-compile", "--device", "cpu", "--precision", "fp32"]
+    assert run(*arguments, "--run-dir", tmp_path / "one") == 0
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    for accumulate in (1, 2):
+        there = ("--grad-accum-steps", accumulate, "--run-dir", f"two-{accumulate}")
+        result = run_script("distill.py", *arguments, *there, cwd=tmp_path, python=torchrun)
+        assert result.returncode == 0, result.stderr
+        assert losses(tmp_path / there[-1]) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_distilled_network_samples_in_one_step_what_its_teacher_samples_in_many(images, tmp_path):
+    """Dark, grey and light images, as above."""
+    small = ["--dataset", images, *TINY, "--batch-size", 32, "--save-every", 1000]
+    assert train.main([str(a) for a in (*small, "--steps", 150, "--run-dir", tmp_path / "teacher")]) == 0
+    small = ["--dataset", images, "--no-compile", "--device", "cpu", "--batch-size", 32, "--save-every", 1000]
+    assert run(tmp_path / "teacher", *small, "--steps", 150, "--run-dir", tmp_path / "student") == 0
+    teacher, student = (load_model(tmp_path / name) for name in ("teacher", "student"))
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
+    means = [trained.sample(labels, 24).view(3, -1).mean(1) for trained in (teacher, student)]
+    one = student.sample(labels, 24, steps=1).view(3, -1).mean(1)
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=0.1)
+    torch.testing.assert_close(one, means[0], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--model", "DiT-N/4"], "unrecognized arguments: --model"),
+        (["--min-snr", 5], "unrecognized arguments: --min-snr"),
+        (["--dataset", "mnist-5000"], "of other classes or size: give its --dataset"),
+    ],
+)
+def test_what_cannot_be_distilled_names_the_fix(tiny_run, images, tmp_path, arguments, fix):
+    with pytest.raises(UsageError, match=fix):
+        run(tiny_run, "--dataset", images, "--run-dir", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_predicts_noise_cannot_be_distilled(images, tmp_path):
+    objective = ["--schedule", "linear", "--prediction", "eps"]
+    train.main([str(a) for a in ("--dataset", images, *TINY, *objective, "--steps", 1, "--run-dir", tmp_path / "eps")])
+    with pytest.raises(UsageError, match="needs a network that predicts x0 or v"):
+        run(tmp_path / "eps", "--dataset", images)

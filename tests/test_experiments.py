@@ -1,0 +1,55 @@
+"""Claims about the experiments: the four networks differ in their conditioning only, and both scripts run to the end."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import conditioning  # noqa: E402
+import scaling  # noqa: E402
+
+from dit import DiTConfig  # noqa: E402
+
+SMALL = DiTConfig(image_size=8, patch_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+
+
+@pytest.mark.parametrize("name", conditioning.NETWORKS)
+def test_each_network_depends_on_image_timestep_and_label(name):
+    torch.manual_seed(0)
+    model = conditioning.NETWORKS[name](SMALL)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 2])
+    assert not model(x, t, y).any()  # the last layer starts at zero
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for other in ((x + 1, t, y), (x, t - 4, y), (x, t, torch.tensor([1, 1]))):
+        assert not torch.allclose(model(*other), out, atol=1e-4)
+
+
+def test_only_adaln_zero_starts_as_the_identity():
+    x, t, y = torch.randn(2, 4, 16), torch.tensor([5, 900]), torch.tensor([0, 2])
+    for name, network in conditioning.NETWORKS.items():
+        model = network(SMALL)
+        assert torch.equal(model.blocks[0](x, model.condition(t, y)), x) == (name == "adaLN-Zero")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "figures"), [(conditioning, 1), (scaling, 2)])
+def test_an_experiment_runs_resumes_and_plots(script, figures, tmp_path, capsys):
+    words = ["--quick", "--dataset", "mnist-5000", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    script.main(words)
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert len(rows) == 16 if script is conditioning else len(rows) == 8
+    assert all(row["gflops"] > 0 and row["rho"] > 1 and row["seconds_a_step"] > 0 for row in rows)
+    assert len(list(tmp_path.glob("*.png"))) == figures
+    capsys.readouterr()
+    script.main(words)  # everything is there already
+    assert "checkpoint.pt" not in capsys.readouterr().out
