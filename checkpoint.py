@@ -29,6 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
@@ -74,6 +75,15 @@ def describe(
     )
 
 
+class WithoutInitialization(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing. On the meta device it would import the compiler, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__module__ == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 # The types of a description's values. They are compared first, because a short file can hold lists that would take
 # forever to compare or to print.
 TYPES = dict(
@@ -113,7 +123,7 @@ def check(state: dict, network: type[DiT] = DiT) -> None:
     if len(state["classes"]) != config.num_classes or not all(type(name) is str for name in state["classes"]):
         raise ValueError(f"its classes are not {config.num_classes} names")
 
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialization():
         expected = {name: value.shape for name, value in network(config).state_dict().items()}
     if {name: value.shape for name, value in weights.items()} != expected:
         raise ValueError(f"its weights have other shapes than a {network.__name__} of its config")

@@ -180,14 +180,21 @@ def from_folder(root: Path, size: int) -> Images:
     files = [(path, label) for label, name in enumerate(classes) for path in image_files(root / name, "**/*")]
     if not classes:
         files = [(path, 0) for path in image_files(root, "*")]
-    if not files:
+    if not classes and not files:
         raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): name another folder")
-    labels = torch.tensor([label for _, label in files])
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     for label, name in enumerate(classes):
         if label not in labels:
             raise DataError(f"the class folder {root / name} holds no images: remove it, or put images in")
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF tags
+        pixels = read_files(files, f"{len(files):,} images of {root.resolve().name}", size)
+    names = tuple(unicodedata.normalize("NFC", name) for name in classes)  # macOS writes é as e and an accent
+    return Images(pixels, labels, names, f"{len(files):,} images of {root.resolve().name}")
+
+
+def read_files(files: list[tuple[Path, int]], source: str, size: int) -> Tensor:
+    """Image files as pixels, uint8 (N, C, size, size). Raises DataError."""
     mode = "L" if all(is_grey(path) for path, _ in files) else "RGB"
-    source = f"{len(files):,} images of {root.resolve().name}"
     check_memory(source, len(files), len(mode), size)
 
     def read(file: tuple[Path, int]) -> Tensor:
@@ -195,9 +202,7 @@ def from_folder(root: Path, size: int) -> Images:
         return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
 
     # Threads are enough, since decoding releases Python's lock.
-    pixels = thread_map(read, files, desc=f"reading {root.name}", unit="image", leave=False, disable=None)
-    names = tuple(unicodedata.normalize("NFC", name) for name in classes)  # macOS writes é as e and an accent
-    return Images(torch.stack(pixels), labels, names, source)
+    return torch.stack(thread_map(read, files, desc=f"reading {source}", unit="image", leave=False, disable=None))
 
 
 def class_folders(root: Path) -> list[str]:

@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -364,6 +363,8 @@ def distributed(network: nn.Module) -> nn.Module:
     """The network, whose gradient becomes the mean over the processes where there are several."""
     if WORLD == 1:
         return network
+    from torch.nn.parallel import DistributedDataParallel  # takes seconds, and only several processes need it
+
     # PyTorch's warning is of the strides of axes of length 1, which have no meaning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(network, broadcast_buffers=False)  # the positions never change

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 
 def best_precision(device: torch.device) -> str:
@@ -80,5 +79,7 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
 
     That takes about a third more time, and a small fraction of the memory.
     """
+    from torch.utils.checkpoint import checkpoint  # takes seconds
+
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

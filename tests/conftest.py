@@ -4,6 +4,8 @@
     pytest -m slow        the long ones: kills, long work, full disks, thousands of command lines, the notebook
 """
 
+import dataclasses
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core, and one thread a worker
@@ -19,8 +21,12 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import checkpoint  # noqa: E402
+import dataset  # noqa: E402
 import dit  # noqa: E402
+import metrics  # noqa: E402
 import train  # noqa: E402
+from diffusion import Diffusion  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
 
 TINY = "--image-size 8 --model DiT-N/4 --batch-size 8 --warmup 2 --no-compile --device cpu".split()
@@ -40,6 +46,28 @@ def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **op
 def trained(model: dit.DiT, diffusion, guidance: float = 1.0, interval: list[int] | None = None) -> TrainedModel:
     """A network with the guidance to sample with."""
     return TrainedModel(model, diffusion, dict(guidance=guidance, guidance_interval=interval))
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses of a run, whose log has a line for each step."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def assert_equal_states(a: object, b: object) -> None:
+    """Two checkpoints, or parts of them, are the same to the bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_equal_states(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +101,28 @@ def tiny_network(tiny_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dit.MODELS, "DiT-N/4", dict(hidden_size=16, depth=2, num_heads=2, patch_size=4))
         yield
+
+
+@pytest.fixture(scope="session")
+def reference() -> metrics.Reference:
+    return metrics.Reference()
+
+
+@pytest.fixture(scope="session")
+def digits() -> dataset.Images:
+    """1,000 real digits in the proportions of the test set, in random order."""
+    images = dataset.load("mnist-5000")
+    labels = metrics.labels_as_in(metrics.Reference().tensors["labels.test"], 1000)
+    some = metrics.with_same_labels(labels, images.labels)
+    some = some[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    return dataclasses.replace(images, pixels=images.pixels[some], labels=images.labels[some])
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A network of MNIST's shape that was never trained."""
+    config = dit.DiTConfig(hidden_size=8, depth=1, num_heads=1)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    about = checkpoint.describe(dit.DiT, config, Diffusion("linear", "eps", 50), dataset.DIGITS, "none", 0, 1.5)
+    checkpoint.save_weights(path, dit.DiT(config).state_dict(), about)
+    return path

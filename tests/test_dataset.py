@@ -272,7 +272,7 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
 
 def test_a_folder_that_does_not_fit_in_memory_names_the_size_that_fits(images, monkeypatch):
     monkeypatch.setattr(dataset, "MEMORY_LIMIT", 60 * 16 * 16)
-    with pytest.raises(DataError, match="60 images of .* of 32 pixels do not fit in memory: use --image-size 16 or less"):
+    with pytest.raises(DataError, match="60 images of .* do not fit in memory: use --image-size 16 or less"):
         load(str(images))
     assert load(str(images), image_size=16).pixels.shape == (60, 1, 16, 16)
 

@@ -10,7 +10,7 @@ import checkpoint
 import train
 from checkpoint import CheckpointError
 from cli import UsageError
-from conftest import TINY, run_script
+from conftest import TINY, assert_equal_states, losses, run_script
 from diffusion import Diffusion, ddim, sample_timesteps
 from distill import (
     STEP_COUNTS,
@@ -28,7 +28,6 @@ from dit import DiT, DiTConfig
 from inference import load_model
 from test_diffusion import T, every_schedule, gaussian, optimal_for_gaussian
 from test_diffusion import images as random_images
-from test_train import assert_equal_states, losses
 
 
 def run(*arguments: object) -> int:
@@ -76,7 +75,8 @@ def test_steps_to_learn_are_those_that_the_sampler_takes():
 @every_schedule
 def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
     """A model that takes each step as two halves, and the smallest as its teacher's, has no loss, and samples in one
-    step what the teacher samples in 64. One that takes them as a teacher of other data would has a loss at each size."""
+    step what the teacher samples in 64. One that takes them as a teacher of other data would has a loss at each size.
+    """
     d, y = Diffusion(schedule, "x0"), torch.zeros(64, dtype=torch.long)
     optimal = optimal_for_gaussian(d, 0.2, 0.1)
 

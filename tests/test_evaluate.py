@@ -1,7 +1,6 @@
-"""Claims about the numbers: the classifier tells real digits from others, and each measure does what its name says."""
+"""Claims about the numbers: the classifier knows digits, and each measure does what its name says."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +13,10 @@ import evaluate
 import metrics
 from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, UsageError
 from diffusion import Diffusion
-from dit import DiT, DiTConfig
 from inference import load_model
 from metrics import Reference
 from sampling import to_uint8
 from variance import LearnedVariance
-
-
-@pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference()
 
 
 @pytest.fixture(autouse=True)
@@ -31,31 +24,12 @@ def _few_resamples(monkeypatch):
     monkeypatch.setattr(metrics, "RESAMPLES", 5)
 
 
-@pytest.fixture(scope="module")
-def digits() -> dataset.Images:
-    """1,000 real digits in the proportions of the test set, in random order."""
-    images = dataset.load("mnist-5000")
-    some = metrics.with_same_labels(metrics.labels_as_in(Reference().tensors["labels.test"], 1000), images.labels)
-    some = some[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    return replace(images, pixels=images.pixels[some], labels=images.labels[some])
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A network of MNIST's shape that was never trained."""
-    config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    about = checkpoint.describe(DiT, config, Diffusion("linear", "eps", 50), dataset.DIGITS, "none", 0, 1.5)
-    checkpoint.save_weights(path, DiT(config).state_dict(), about)
-    return path
-
-
 def run(*arguments: object) -> dict:
     path = evaluate.evaluate(evaluate.parse_args([str(a) for a in arguments]))
     return json.loads(path.read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------- the classifier
+# ------------------------------------------------------------------------------------------------------ the classifier
 
 
 def test_the_classifier_is_right_on_more_than_99_5_percent_of_the_test_images_and_small(reference):

@@ -1,4 +1,4 @@
-"""Claims about the experiments: the four networks differ in their conditioning only, and both scripts run to the end."""
+"""Claims about the experiments: four networks are conditioned in four ways, and both scripts run to the end."""
 
 import json
 import sys

@@ -17,7 +17,6 @@ from diffusion import Diffusion
 from distill import ShortcutDiT
 from dit import MODELS, DiT, DiTConfig
 from metrics import Reference
-from test_evaluate import _few_resamples, digits, reference, weights  # noqa: F401
 
 
 def run(*arguments: object) -> dict:
@@ -80,8 +79,8 @@ def test_a_sweep_plots_a_picture(what, weights, monkeypatch, tmp_path):
 def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "bootstrap", lambda *_: (0.0, 1.0))
-    config = DiTConfig(hidden_size=8, depth=1, num_heads=1, shortcut=True)
-    about = checkpoint.describe(DiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
+    config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
+    about = checkpoint.describe(ShortcutDiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
     checkpoint.save_weights(tmp_path / "fast.safetensors", ShortcutDiT(config).state_dict(), about)
     result = run("steps", "--checkpoint", "fast.safetensors", "--count", 20, "--device", "cpu")
     assert [point["nfe"] for point in result["sweep"]] == [1, 2, 4, 8, 16, 32]
@@ -92,7 +91,8 @@ def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatc
 
 def test_what_a_sweep_sets_itself_cannot_be_set(weights):
     for arguments, fix in (
-        (["steps", "--steps", 7], "sets --steps by itself"), (["guidance", "--guidance", 2], "sets --guidance by itself"),
+        (["steps", "--steps", 7], "sets --steps by itself"),
+        (["guidance", "--guidance", 2], "sets --guidance by itself"),
         (["sampler", "--checkpoint", weights], "the model knows 50: sweep guidance"),
     ):
         with pytest.raises(UsageError, match=fix):
