@@ -88,9 +88,9 @@ class Run:
         self.folder, self.state, self.is_new = new, {}, not resume
         if resume:
             self.folder = resume if resume.is_dir() else resume.parent
-            self.lock()
             self.state = checkpoint.load(resume)
             self.check_state(network)
+            self.lock()
         self.args, self.device = parser.settings(argv, self.state.get("args", {}), may_change)
         self.step = self.saved_at = self.state.get("step", 0)
         steps = self.args.steps
