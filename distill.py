@@ -224,8 +224,10 @@ class DistillTrainer(Trainer):
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
 
     def dry_run(self) -> None:
-        super().dry_run()
-        self.fake.zero_grad()
+        try:
+            super().dry_run()
+        finally:
+            self.fake.zero_grad()
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss, norm = super().step(number, x0, y)  # its backward pass has reached `fake`, too

@@ -285,8 +285,8 @@ class Run:
         budget = 60 * self.args.minutes * TRAINING_TIME
         elapsed = time.perf_counter() - self.started
         steps = None
-        if self.intervals and (self.step >= TIMED_STEPS or elapsed > 0.1 * budget):
-            seconds = statistics.median(self.intervals[1:] or self.intervals)  # the first one may have compiled
+        if len(self.intervals) > 3 and (self.step >= TIMED_STEPS or elapsed > 0.1 * budget):
+            seconds = statistics.median(self.intervals[1:])  # the first one may have compiled
             steps = max(self.step, int(float(f"{budget / seconds:.2g}")))
         if WORLD > 1:  # all processes must agree
             shared = [steps]
@@ -367,6 +367,7 @@ def distributed(network: nn.Module) -> nn.Module:
 
     # PyTorch's warning is of the strides of axes of length 1, which have no meaning.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # older versions of PyTorch know no other
     return DistributedDataParallel(network, broadcast_buffers=False)  # the positions never change
 
 

@@ -68,7 +68,7 @@ def compile_blocks(blocks: list[nn.Module], dry_run: Callable[[], None]) -> bool
             raise  # the batch is too large, compiled or not
         for block in blocks:
             block._compiled_call_impl = None
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         warnings.warn(f"torch.compile does not work here ({reason}): training runs without it, slower", stacklevel=2)
         return False
     return True

@@ -115,9 +115,11 @@ class Trainer:
         t, _, eps = (values[:n].to(self.device) for values in self.randomness(0))
         x0, y = torch.zeros(n, *self.shape, device=self.device), torch.zeros(n, dtype=torch.long, device=self.device)
         self.ddp_model.require_backward_grad_sync = True
-        with fast_attention(self.device, self.args.precision):
-            self.loss(x0, y, t, eps).backward()
-        self.model.zero_grad()
+        try:
+            with fast_attention(self.device, self.args.precision):
+                self.loss(x0, y, t, eps).backward()
+        finally:  # a backward pass that fails may leave gradients as well
+            self.model.zero_grad()
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.

@@ -3,7 +3,6 @@ nothing."""
 
 import copy
 import io
-import json
 import pickle
 import random
 import resource
@@ -13,19 +12,20 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
-from safetensors.torch import save_file
-from test_checkpoint import Malicious
 
 import checkpoint
 import cli
 import dataset
+import distill
 import dit
 import evaluate
 import inference
 import train
 from checkpoint import CheckpointError
-from dit import DiT, DiTConfig
+from conftest import ROOT, TINY, run_script
+from distill import ShortcutDiT
+from dit import DiTConfig
+from test_checkpoint import Malicious
 
 SEED = 11
 pytestmark = pytest.mark.usefixtures("tiny_network")
@@ -36,7 +36,8 @@ WRONG = [
     "four", "", -1, 0, 10**7, 10**12, 10**30, 1.5, float("nan"), float("inf"), None, True, [], [1], {}, {"a": 1},
     BILLION,
 ]
-FINE = {"data": ["four", ""], "step": [0, 10**7], "guidance": [0, 1.5], "interval": [None]}  # what can be, of these
+# What can be, of these.
+FINE = {"data": ["four", ""], "step": [0, 10**7, True], "guidance": [1.5], "guidance_interval": [None, []]}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,13 @@ def altered(state: dict, path: tuple, value: object) -> dict:
 def descriptions(state: dict) -> list[dict]:
     """Checkpoints that say something wrong, or lack something."""
     cases = []
-    paths = [(name,) for name in ("config", "diffusion", "classes", "data", "step", "guidance", "interval", "ema")]
+    paths = [(name,) for name in ("network", "config", "diffusion", "classes", "data", "step", "guidance", "ema")]
+    paths += [("guidance_interval",)]
     paths += [(part, name) for part in ("config", "diffusion") for name in state[part]]
     for path in paths:
-        cases += [altered(state, path, value) for value in WRONG if value not in FINE.get(path[0], [])]
-    cases += [{name: value for name, value in state.items() if name != path[0]} for path in paths[:4] + paths[7:8]]
+        fine = FINE.get(path[0], [])
+        cases += [altered(state, path, value) for value in WRONG if not any(value is f or value == f for f in fine)]
+    cases += [{name: value for name, value in state.items() if name != path[0]} for path in paths]
     return cases
 
 
@@ -145,17 +148,18 @@ def refused(work, capsys) -> str:
     return lines[0]
 
 
-def draw(path, output):
+def sample(path, output):
     arguments = ["--checkpoint", str(path), "--per-class", "1", "--steps", "1", "--output", str(output)]
-    return lambda: print(inference.draw(inference.parse_args(arguments)))
+    return lambda: print(inference.generate(inference.parse_args(arguments)))
 
 
-def test_no_wrong_description_or_weight_is_drawn(good, tmp_path, capsys):
+@pytest.mark.slow
+def test_no_wrong_description_or_weight_is_sampled_from(good, tmp_path, capsys):
     state, count = checkpoint.load(good), 0
     for case in descriptions(state) + weights(state):
         torch.save(case, tmp_path / "case.pt")
         content = (tmp_path / "case.pt").read_bytes()
-        message = refused(draw(tmp_path / "case.pt", tmp_path / "out.png"), capsys)
+        message = refused(sample(tmp_path / "case.pt", tmp_path / "out.png"), capsys)
         assert "case.pt" in message or "do not fit" in message
         assert [path.name for path in tmp_path.iterdir()] == ["case.pt"]
         assert content == (tmp_path / "case.pt").read_bytes()
@@ -163,6 +167,7 @@ def test_no_wrong_description_or_weight_is_drawn(good, tmp_path, capsys):
     assert count >= 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors"])
 def test_damage_is_found_or_changes_nothing(good, tmp_path, name, capsys):
     """Of 60 files each. A byte that no reader looks at may be another: then the picture is the same."""
@@ -198,22 +203,13 @@ def test_every_flipped_weight_is_found(good, tmp_path):
                 checkpoint.load(tmp_path / name)
 
 
-def test_files_without_a_checksum_still_load(good, tmp_path):
-    state = checkpoint.load(good / "weights.safetensors")
-    description = {name: value for name, value in state.items() if name != "ema"}
-    save_file(state["ema"], tmp_path / "old.safetensors", {"description": json.dumps(description)})
-    assert checkpoint.load(tmp_path / "old.safetensors").keys() == state.keys()
-    for name in ("dit-mnist", "dit-mnist-fast"):
-        checkpoint.build(checkpoint.load(ROOT / "assets" / f"{name}.safetensors"))
-
-
 def test_harmful_files_do_nothing(tmp_path, capsys):
     touched, files = tmp_path / "touched", harmful(tmp_path / "touched")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         for model in ([], ["--model", "DiT-S/2"]):
             arguments = ["--checkpoint", str(tmp_path / name), *model, "--output", str(tmp_path / "out.png")]
-            refused(lambda arguments=arguments: inference.draw(inference.parse_args(arguments)), capsys)
+            refused(lambda arguments=arguments: inference.generate(inference.parse_args(arguments)), capsys)
     assert not touched.exists()
     assert {path.name for path in tmp_path.iterdir()} == set(files)
 
@@ -245,13 +241,15 @@ def test_no_wrong_npz_is_measured(tmp_path, capsys, monkeypatch):
 
 
 SETTINGS = [
-    ("args", "model"), ("args", "lr"), ("args", "batch_size"), ("args", "steps"), ("args", "ema"),
+    ("args", "model"), ("args", "lr"), ("args", "batch_size"), ("args", "steps"), ("args", "ema_decay"),
     ("args", "optimizer"), ("args", "schedule"), ("args", "learn_sigma"), ("args", "warmup"), ("args", "seed"),
-    ("args", "precision"), ("args", "device"), ("args", "distill"), ("args", "accumulate"), ("args", "clip"),
+    ("args", "precision"), ("args", "device"), ("args", "guidance"), ("args", "grad_accum_steps"), ("args", "surprise"),
+    ("args", "compile"), ("args", "data_dir"), ("script",), ("fingerprint",),
 ]
 
 
-def test_no_wrong_run_goes_on(good, tmp_path, capsys):
+@pytest.mark.slow
+def test_no_wrong_run_is_resumed(good, tmp_path, capsys):
     state, rng = checkpoint.load(good), random.Random(SEED)
     momentum, adam = state["optimizers"]
     first = next(iter(adam["state"]))
@@ -266,7 +264,6 @@ def test_no_wrong_run_goes_on(good, tmp_path, capsys):
             junk = altered(adam, ("state", first, part), value)
             cases.append({**state, "optimizers": [momentum, junk]})
     cases += [altered(state, ("config", "num_heads"), 4), altered(state, ("diffusion", "schedule"), "linear")]
-    cases += [altered(state, ("teacher",), value) for value in (None, {}, {"ema": {}}, dict(state))]
     cases += [altered(state, ("step",), value) for value in (-5, "4", 2**40)]
     for case in cases:
         torch.save(case, tmp_path / "checkpoint.pt")
@@ -274,7 +271,7 @@ def test_no_wrong_run_goes_on(good, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dataset.thread_map", lambda work, items, **_: [work(item) for item in items])
             refused(lambda: train.main(["--resume", str(tmp_path), "--steps", "5", "--device", "cpu"]), capsys)
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", ".lock"}
         assert content == (tmp_path / "checkpoint.pt").read_bytes()
     assert len(cases) >= 90
 
@@ -294,6 +291,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [dict(hidden_size=10**7), dict(depth=10**6), dict(timesteps=10**9), dict(image_size=10**9)]
 )
@@ -313,7 +311,29 @@ def test_a_whole_network_is_not_much_larger_than_the_weights_that_are_compared_f
         if name.startswith("DiT-XL") or name.startswith("DiT-L"):
             continue
         with torch.device("meta"):
-            config = DiTConfig(**shape, image_size=56, learn_sigma=True, shortcut=True)
-            model = DiT(config).state_dict()
-        compared = [n for n in model if n.endswith(("adaLN_modulation.1.weight", "fc1.weight", "proj.weight"))]
-        assert sum(t.numel() for t in model.values()) < 4 * sum(model[n].numel() for n in compared)
+            config = DiTConfig(**shape, image_size=56, learn_sigma=True)
+            model = ShortcutDiT(config).state_dict()
+        compared = [n for n in model if n.endswith(("attn.qkv.weight", "fc1.weight", "x_embedder.proj.weight"))]
+        assert sum(t.numel() for t in model.values()) < 8 * sum(model[n].numel() for n in compared)
+
+
+@pytest.mark.slow
+def test_no_wrong_distilled_run_is_resumed(good, images, tmp_path, capsys):
+    arguments = [str(good), "--dataset", str(images), "--batch-size", "20", "--no-compile", "--device", "cpu"]
+    assert distill.main([*arguments, "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    state, path = checkpoint.load(tmp_path / "run"), tmp_path / "run" / "checkpoint.pt"
+    teacher = state["teacher"]
+    cases = [altered(state, ("teacher",), value) for value in (None, {}, {"ema": {}}, [1], BILLION, dict(state))]
+    parts = ("config", "diffusion", "classes", "ema", "network")
+    cases += [altered(state, ("teacher", name), BILLION) for name in parts]
+    cases += [altered(state, ("teacher", "config", "depth"), 10**6), altered(state, ("fake",), {})]
+    cases += [altered(state, ("fake",), teacher), altered(state, ("fake_optimizers",), BILLION)]
+    cases += [altered(state, ("args", "checkpoint"), value) for value in (3, BILLION)]
+    cases += [{name: value for name, value in state.items() if name != lost} for lost in ("teacher", "fake", "args")]
+    capsys.readouterr()
+    for case in cases:
+        torch.save(case, path)
+        content = path.read_bytes()
+        refused(lambda: distill.main(["--resume", str(tmp_path / "run"), "--steps", "4", "--device", "cpu"]), capsys)
+        assert path.read_bytes() == content
+    refused(lambda: train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]), capsys)

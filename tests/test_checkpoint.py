@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import CheckpointError
+from conftest import ROOT
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
 
@@ -75,7 +75,7 @@ def test_files_that_are_no_checkpoint_end_in_one_line(tmp_path, tiny_run):
         (tmp_path / name).write_bytes(data)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"format": "dit-from-scratch 0"}, tmp_path / "older.pt")
+    torch.save({"format": "dit-from-scratch 0"}, tmp_path / "another.pt")
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(CheckpointError) as caught:
@@ -137,6 +137,7 @@ for step in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_a_whole_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     partial = tmp_path / "checkpoint.pt.partial"

@@ -11,11 +11,11 @@ import checkpoint
 import cli
 import evaluate
 import inference
+import sweep
 import train
-from conftest import TINY, run_script
-from test_train import assert_equal_states
+from conftest import TINY, assert_equal_states, run_script
 
-pytestmark = pytest.mark.usefixtures("tiny_network")
+pytestmark = [pytest.mark.usefixtures("tiny_network"), pytest.mark.slow]
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def contents(folder) -> dict:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_bit(images, tmp_path, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_is_resumed_to_the_bit(images, tmp_path, capsys):
     arguments = ["--dataset", str(images), *TINY, "--steps", "40", "--save-every", "10", "--run-dir"]
     assert train.main([*arguments, str(tmp_path / "whole")]) == 0
     size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
@@ -96,18 +96,20 @@ def test_a_full_disk_leaves_no_half_of_a_picture_or_array(images, tmp_path, caps
     for words in (["--gif"], ["--trajectory"], ["--interpolate", "0", "1"], ["--npz", "many.npz"], []):
         args = inference.parse_args(["--checkpoint", "run", "--steps", "2", *words])
         with room_for(60):
-            fails(lambda args=args: inference.draw(args), capsys)
+            fails(lambda args=args: inference.generate(args), capsys)
         assert contents(tmp_path) == before
 
 
 def test_a_full_disk_leaves_no_half_of_an_evaluation(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SWEEPS", {"steps": ("--steps", [dict(steps=1), dict(steps=2)])})
-    for words in ([], ["--sweep", "steps"]):
-        args = evaluate.parse_args(["--checkpoint", str(cli.BUNDLED_WEIGHTS), "--count", "20", *words])
-        args.steps = None if words else 1
+    monkeypatch.setattr(sweep, "SWEEPS", {"steps": ("--steps", [dict(steps=1), dict(steps=2)])})
+    words = ["--checkpoint", str(cli.BUNDLED_WEIGHTS), "--count", "20"]
+    for work in (
+        lambda: evaluate.evaluate(evaluate.parse_args([*words, "--steps", "1"])),
+        lambda: sweep.sweep(sweep.parse_args(["steps", *words])),
+    ):
         with room_for(200):
-            fails(lambda args=args: evaluate.evaluate(args), capsys)
+            fails(work, capsys)
         assert not contents(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Claims about distillation: long steps are learned from two halves, distributions are matched, runs resume."""
 
+import copy
 import shutil
 from itertools import pairwise
 
@@ -14,7 +15,9 @@ from conftest import TINY, assert_equal_states, losses, run_script
 from diffusion import Diffusion, ddim, sample_timesteps
 from distill import (
     STEP_COUNTS,
+    DistillTrainer,
     ShortcutDiT,
+    build_parser,
     ddim_step,
     invert_ddim_step,
     main,
@@ -28,6 +31,7 @@ from dit import DiT, DiTConfig
 from inference import load_model
 from test_diffusion import T, every_schedule, gaussian, optimal_for_gaussian
 from test_diffusion import images as random_images
+from test_numerics import network
 
 
 def run(*arguments: object) -> int:
@@ -75,7 +79,7 @@ def test_steps_to_learn_are_those_that_the_sampler_takes():
 @every_schedule
 def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
     """A model that takes each step as two halves, and the smallest as its teacher's, has no loss, and samples in one
-    step what the teacher samples in 64. One that takes them as a teacher of other data would has a loss at each size.
+    step what the teacher samples in 64. One whose x0_hat is off has a loss at each size.
     """
     d, y = Diffusion(schedule, "x0"), torch.zeros(64, dtype=torch.long)
     optimal = optimal_for_gaussian(d, 0.2, 0.1)
@@ -115,6 +119,16 @@ def halves() -> list[int]:
 
 
 @every_schedule
+def test_the_loss_of_a_shortcut_model_is_finite_for_every_step(schedule):
+    student, teacher = network(ShortcutDiT), network()
+    diffusion, steps = Diffusion(schedule, "x0", T), sample_steps(64, T, torch.Generator().manual_seed(0))
+    for level in (-1.0, 1.0):
+        arguments = torch.full((64, 1, 8, 8), level), torch.arange(64) % 3, steps, torch.randn(64, 1, 8, 8)
+        loss, _ = shortcut_loss(diffusion, student, student, lambda x, steps, y: teacher(x, steps[:, 0], y), *arguments)
+        assert loss.isfinite().all()
+
+
+@every_schedule
 def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule):
     """A student that samples N(m, c^2), with m and c to be learned, while `fake` knows at each time what it samples."""
     d, generator = Diffusion(schedule, "x0"), torch.Generator().manual_seed(0)
@@ -124,7 +138,7 @@ def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule)
     def optimal(m, c):
         def predict(x, t, y):
             a, s = d.extract("alpha", t), d.extract("sigma", t)
-            return m + a * c**2 / (a**2 * c**2 + s**2) * (x - a * m)  # E[x0 | x_t], as above
+            return m + a * c**2 / (a**2 * c**2 + s**2) * (x - a * m)  # E[x0 | x_t] of N(m, c^2)
 
         return predict
 
@@ -183,10 +197,28 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
         run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
     with pytest.raises(UsageError, match="is distilled already"):
         run(tmp_path / "whole", "--dataset", images)
-    for command in (train.main, main):  # each resumes its own runs
+    for command, folder in ((train.main, tmp_path / "parts"), (main, tiny_run)):  # each resumes its own runs
         with pytest.raises(CheckpointError, match="was not begun by"):
-            folder = tmp_path / "parts" if command is train.main else tiny_run
             command(["--resume", str(folder), "--steps", "30"])
+    for part, error, fix in (
+        ("teacher", UsageError, "lacks its teacher: begin a new run"),
+        ("fake", CheckpointError, "does not fit its settings"),
+    ):
+        kept = {name: value for name, value in parts.items() if name != part}
+        checkpoint.save(tmp_path / "parts" / "checkpoint.pt", kept)
+        with pytest.raises(error, match=fix):
+            run("--resume", tmp_path / "parts", "--steps", 7)
+
+
+def test_a_dry_run_of_distilling_changes_nothing(tiny_run):
+    words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--guidance", "2", "300", "800"]
+    args, device = build_parser().settings(words, {}, set())
+    trainer = DistillTrainer(load_model(tiny_run), args, device)
+    before = copy.deepcopy(trainer.state())
+    trainer.dry_run()
+    assert_equal_states(trainer.state(), before)
+    for part in (trainer.model, trainer.fake, trainer.ema, trainer.teacher.model):
+        assert all(p.grad is None for p in part.parameters())
 
 
 @pytest.mark.slow
@@ -204,7 +236,7 @@ def test_two_processes_distill_as_one(tiny_run, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_distilled_network_samples_in_one_step_what_its_teacher_samples_in_many(images, tmp_path):
-    """Dark, grey and light images, as above."""
+    """Dark, grey and light images: those of each class have the same mean."""
     small = ["--dataset", images, *TINY, "--batch-size", 32, "--save-every", 1000]
     assert train.main([str(a) for a in (*small, "--steps", 150, "--run-dir", tmp_path / "teacher")]) == 0
     small = ["--dataset", images, "--no-compile", "--device", "cpu", "--batch-size", 32, "--save-every", 1000]
@@ -231,8 +263,18 @@ def test_what_cannot_be_distilled_names_the_fix(tiny_run, images, tmp_path, argu
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_that_predicts_noise_cannot_be_distilled(images, tmp_path):
-    objective = ["--schedule", "linear", "--prediction", "eps"]
-    train.main([str(a) for a in ("--dataset", images, *TINY, *objective, "--steps", 1, "--run-dir", tmp_path / "eps")])
-    with pytest.raises(UsageError, match="needs a network that predicts x0 or v"):
-        run(tmp_path / "eps", "--dataset", images)
+@pytest.mark.parametrize(
+    ("prediction", "timesteps", "learn_sigma", "fix"),
+    [
+        ("eps", T, False, "a network that predicts x0 or v, without --learn-sigma"),
+        ("x0", T, True, "a network that predicts x0 or v, without --learn-sigma"),
+        ("v", 63, False, "a network of 64 timesteps or more"),
+    ],
+)
+def test_networks_that_cannot_be_distilled_are_refused(tmp_path, prediction, timesteps, learn_sigma, fix):
+    model, process = network(learn_sigma=learn_sigma), Diffusion("linear", prediction, timesteps)
+    description = checkpoint.describe(DiT, model.config, process, ("a", "b", "c"), "nothing", 0, 1.0)
+    checkpoint.save_weights(tmp_path / "weights.safetensors", model.state_dict(), description)
+    with pytest.raises(UsageError, match=fix):
+        run(tmp_path / "weights.safetensors", "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

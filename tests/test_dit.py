@@ -34,7 +34,7 @@ def test_block_is_identity_at_init():
 
 
 def test_layers_that_start_at_zero_wake_up_one_after_another():
-    """First the last layer alone has a gradient, then the modulations too, then everything."""
+    """First only the last layer has a gradient, then the modulations too, then everything."""
     model = DiT(DiTConfig(**SMALL))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     moving = []

@@ -1,4 +1,4 @@
-"""Claims about runs that are killed, wherever they are: they go on to the very bits of a run that was not.
+"""Claims about runs that are killed, wherever they are: they are resumed to the very bits of a run that was not.
 
     pytest tests/test_kills.py --kills 50        as many kills; CI makes fewer
 """
@@ -14,11 +14,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run_script
 from PIL import Image
-from test_train import assert_equal_states
 
 import checkpoint
+from conftest import ROOT, TINY, assert_equal_states, run_script
 
 pytestmark = pytest.mark.slow
 STEPS = ["--steps", "18", "--save-every", "6"]
@@ -27,8 +26,8 @@ MOMENTS = list(product(("save", "grid", "any time", "start"), (signal.SIGKILL, s
 # Imports everything once, and then runs each command line that it reads in a process of its own.
 STARTER = """
 import json, os, sys
-import matplotlib.figure, torch.utils.tensorboard
-import cli, dataset, dit, train
+import matplotlib.figure, torch.nn.parallel, torch.utils.tensorboard
+import cli, dit, train
 
 dit.MODELS["DiT-N/4"] = dict(hidden_size=48, depth=2, num_heads=2, patch_size=4)
 while line := sys.stdin.readline():
@@ -37,7 +36,7 @@ while line := sys.stdin.readline():
     if pid == 0:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
-        cli.run_script(lambda: train.main(words), dataset.DataError)
+        cli.run_script(lambda: train.main(words))
     print(pid, flush=True)
     sys.stdin.readline()  # until then the process keeps its number, even if it has ended
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -103,7 +102,7 @@ def check_files(folder: Path) -> None:
             checkpoint.load(path)
 
 
-def test_a_killed_run_goes_on_to_the_bit(images, start, tmp_path, request):
+def test_a_killed_run_is_resumed_to_the_bit(images, start, tmp_path, request):
     arguments = ["--dataset", images, *TINY, *STEPS, "--run-dir"]
     _, wait = start(*arguments, tmp_path / "whole")
     assert wait() == 0

@@ -8,7 +8,7 @@ import torch
 from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS
 from conftest import trained
 from diffusion import PREDICTIONS, SCHEDULES, Diffusion
-from distill import ShortcutDiT, ShortcutModel, sample_steps, shortcut_loss
+from distill import ShortcutModel
 from dit import DiT, DiTConfig
 from inference import load_model
 from variance import LearnedVariance
@@ -46,16 +46,6 @@ def test_loss_and_gradient_are_finite_in_every_corner(schedule, prediction):
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_loss_of_a_shortcut_model_is_finite_for_every_step(schedule):
-    student, teacher, T = network(ShortcutDiT), network(), 1000
-    diffusion, steps = Diffusion(schedule, "x0", T), sample_steps(64, T, torch.Generator().manual_seed(0))
-    for level in (-1.0, 1.0):
-        arguments = torch.full((64, 1, 8, 8), level), torch.arange(64) % 3, steps, torch.randn(64, 1, 8, 8)
-        loss, _ = shortcut_loss(diffusion, student, student, lambda x, steps, y: teacher(x, steps[:, 0], y), *arguments)
-        assert loss.isfinite().all()
-
-
 @pytest.mark.parametrize(("schedule", "prediction"), list(product(SCHEDULES, PREDICTIONS)))
 def test_samples_are_finite_in_every_corner(schedule, prediction):
     for learn_sigma, T in ((False, 1000), (True, 1000), (False, 2)):
@@ -86,7 +76,7 @@ def test_samples_do_not_depend_on_the_number_of_threads(weights):
     ours, before = load_model(weights), torch.get_num_threads()
     samplers = [dict(steps=1), dict(steps=4)]
     if not isinstance(ours, ShortcutModel):
-        samplers = [dict(sampler=name, steps=10) for name in ("ddpm", "ddim", "dpm++")]
+        samplers = [dict(sampler=name, steps=4) for name in ("ddpm", "ddim", "dpm++")]
     try:
         for options in samplers:
             sampled = []

@@ -9,15 +9,15 @@ import shutil
 from textwrap import dedent
 
 import pytest
+import settings
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import dataset
 import evaluate
 import inference
-import settings
 import train
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 CHINESE = (ROOT / "README.zh-CN.md").read_text()

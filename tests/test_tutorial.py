@@ -1,8 +1,9 @@
 """Claims about tutorial.ipynb: it runs from top to bottom, and is kept with its pictures."""
 
 import nbformat
-from conftest import ROOT
 from nbclient import NotebookClient
+
+from conftest import ROOT
 
 NOTEBOOK = ROOT / "tutorial.ipynb"
 

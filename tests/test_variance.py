@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from conftest import trained
 from diffusion import ddpm, guide
 from sampling import constrained
 from test_diffusion import T, gaussian, images
+from test_numerics import network
 from variance import LearnedVariance, discretized_log_likelihood, guidance_weight
 
 
@@ -99,7 +101,34 @@ def test_the_variance_is_not_guided():
         torch.testing.assert_close(out[:, 3:], 10.0 * y.view(4, 1, 1, 1).expand(4, 3, 4, 4))
 
 
-def test_without_a_label_dropped_the_loss_of_the_mean_is_that_of_a_plain_network():
+def test_a_sampler_guides_the_prediction_and_leaves_the_variance_as_the_conditional_one():
+    """As a trained network is sampled: inside of the interval and outside."""
+    ours = trained(network(learn_sigma=True), LearnedVariance("linear", "eps"))
+    x, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    predict = ours.predictor(y, guidance=3.0, guidance_interval=[100, 200])
+    for t, weight in ((150, 3.0), (250, 1.0)):
+        times = torch.full((3,), t)
+        conditional, unconditional = ours.model(x, times, y), ours.model(x, times)
+        out, guided = predict(x, t), unconditional + weight * (conditional - unconditional)
+        torch.testing.assert_close(out[:, :1], guided[:, :1])
+        torch.testing.assert_close(out[:, 1:], conditional[:, 1:])
+        assert not torch.allclose(conditional[:, 1:], unconditional[:, 1:])
+
+
+@pytest.mark.parametrize("s", [499, 400, 0])
+def test_the_noise_of_a_reverse_step_is_between_that_of_the_posterior_and_beta(s):
+    """Of adjacent steps and longer ones; for adjacent ones it is that of the loss."""
+    d = LearnedVariance("cosine", "eps")
+    _, _, variance, beta = d.posterior(500, s)
+    v = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    std = d.reverse_std(500, s, torch.cat([torch.zeros(3, 1, 1, 1), v], dim=1)).flatten()
+    torch.testing.assert_close(std.square(), torch.tensor([variance, math.sqrt(variance * beta), beta]))
+    if s == 499:
+        log_variance = d.log_variance(v, torch.full((3,), 500)).flatten()
+        torch.testing.assert_close(2 * std.log(), log_variance, rtol=1e-4, atol=1e-4)
+
+
+def test_a_perfect_prediction_costs_only_the_likelihood_of_the_image():
     d, x0, eps, t = LearnedVariance("flow", "x0"), images(), gaussian(1), torch.tensor([0, 1, 500, 999])
     out = torch.cat([x0, -torch.ones_like(x0)], dim=1)  # x0 is known, and the variance is the posterior's
     loss = d.training_loss(lambda *_: out, x0, t, t, eps)
