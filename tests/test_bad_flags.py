@@ -152,7 +152,8 @@ OUT_OF_RANGE = {
     "--minutes": ["0", "inf", "nan"], "--ema-decay": ["-0.1", "1.1", "nan"],
     "--warmup": ["-1", "nan"],
     "--min-snr": ["0", "inf", "nan"], "--label-dropout": ["-1", "2", "nan"],
-    "--image-size": ["0", "-8", "1000000007"], "--grad-accum-steps": ["0"], "--save-every": ["0"], "--model": ["DiT-Q/2"],
+    "--image-size": ["0", "-8", "1000000007"], "--grad-accum-steps": ["0"], "--save-every": ["0"],
+    "--model": ["DiT-Q/2"],
 }
 
 

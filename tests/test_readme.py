@@ -9,13 +9,14 @@ import shutil
 from textwrap import dedent
 
 import pytest
-import settings
 import torch
 from PIL import Image
 
 import dataset
+import distill
 import evaluate
 import inference
+import metrics
 import train
 from conftest import ROOT
 
@@ -33,9 +34,11 @@ FEWER = {
     "train.py": "--steps 2 --save-every 2 --batch-size 8 --no-compile --device cpu",
     "inference.py": "--steps 3 --device cpu",
     "evaluate.py": "--count 20 --device cpu",
-    "benchmark.py": "--rounds 1 --device cpu",
-    "judge.py": "",
-    "assets/make_figures.py": "",
+    "distill.py": "--steps 2 --save-every 2 --batch-size 10 --no-compile --device cpu",
+    "tools/sweep.py": "",
+    "tools/benchmark.py": "",
+    "tools/train_classifier.py": "",
+    "tools/make_figures.py": "",
 }
 
 
@@ -44,7 +47,8 @@ def downloads(monkeypatch):
     """Small data sets in place of those of torchvision."""
     def small(name, root, train, download):
         channels, size = (3, 32) if name == "cifar10" else (1, 28)
-        pixels = torch.randint(0, 256, (60, channels, size, size), dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (60, channels, size, size), dtype=torch.uint8, generator=generator)
         return dataset.Images(pixels, torch.arange(60) % 10, dataset.DIGITS, f"60 images of {name}")
 
     monkeypatch.setattr(dataset, "from_torchvision", small)
@@ -52,7 +56,7 @@ def downloads(monkeypatch):
 
 def test_every_command_runs(downloads, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SWEEPS", {"steps": ("--steps", [dict(steps=2)])})
+    monkeypatch.setattr(metrics, "RESAMPLES", 5)
     for i in range(8):
         (tmp_path / "my-images").mkdir(exist_ok=True)
         Image.new("RGB", (40, 32), (30 * i, 0, 0)).save(tmp_path / "my-images" / f"{i}.jpg")
@@ -75,23 +79,24 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
         if "--npz" in arguments and name == "inference.py":
             fewer += ["--count", "25"]
         print(*command)
-        # These take minutes even so: test_benchmark, test_evaluate and test_figures run them.
-        if name in ("benchmark.py", "judge.py", "assets/make_figures.py"):
+        # These take minutes even so: test_tools and test_figures run them.
+        if name.startswith("tools/"):
             continue
         if name == "train.py":
             assert train.main([*arguments, *fewer]) == 0
+        elif name == "distill.py":
+            assert distill.main([*arguments, *fewer]) == 0
         elif name == "evaluate.py":
-            fewer += [] if {"--sweep", "--npz"} & set(arguments) else ["--steps", "2"]
+            fewer += [] if "--npz" in arguments else ["--steps", "2"]
             assert evaluate.evaluate(evaluate.parse_args([*arguments, *fewer])).exists()
         else:
-            assert inference.draw(inference.parse_args([*arguments, *fewer])).exists()
+            assert inference.generate(inference.parse_args([*arguments, *fewer])).exists()
         ran += 1
     assert ran >= 8
 
 
 def test_every_flag_in_the_readme_exists():
-    helps = "".join((ROOT / name).read_text() for name in (*FEWER, "cli.py"))
-    helps += "".join(f'"--{name.replace("_", "-")}"' for name in settings.DEFAULTS)
+    helps = "".join(path.read_text() for folder in ("", "tools/", "tests/") for path in ROOT.glob(f"{folder}*.py"))
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert flags
     for flag in flags:
@@ -118,8 +123,8 @@ def test_each_file_imports_only_files_that_the_readme_names_before_it():
         modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         ours = modules & set(order)
         assert ours <= set(order[:i]), name
-        assert not ours & {"inference", "evaluate", "benchmark"}, f"{name} imports a command line"
-        assert not ours or name not in ("dit", "diffusion", "dataset", "muon"), f"{name} stands alone"
+        assert not ours & {"inference", "evaluate"} or name == "evaluate", f"{name} imports a command line"
+        assert not ours or name not in ("dit", "diffusion", "dataset", "optim", "speed"), f"{name} stands alone"
 
 
 def source_of(place: str) -> str:

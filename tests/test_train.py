@@ -20,9 +20,16 @@ from cli import UsageError, WorkError
 from conftest import ROOT, TINY, assert_equal_states, losses, run_script, trained
 from dataset import IDX_FILES, DataError
 from run import new_folder
+from sampling import TrainedModel
 from train import Trainer, update_ema
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(tiny_run, monkeypatch):
+    """The pictures at checkpoints are sampled in 2 steps rather than 20, but for those of the run of all tests."""
+    monkeypatch.setitem(TrainedModel.default_steps, "dpm++", 2)
 
 
 def run(*arguments: object) -> int:

@@ -1,6 +1,7 @@
 """Claims about tutorial.ipynb: it runs from top to bottom, and is kept with its pictures."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from conftest import ROOT
@@ -8,6 +9,7 @@ from conftest import ROOT
 NOTEBOOK = ROOT / "tutorial.ipynb"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_from_top_to_bottom(monkeypatch, tmp_path):
     """With few steps. A cell that fails would raise."""
     monkeypatch.setenv("TUTORIAL_SHORT", "1")
