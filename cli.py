@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
 from dataset import DataError
-from speed import best_precision
+from speed import best_precision, limit_threads
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -245,6 +245,8 @@ def pick_device(name: str | None) -> torch.device:
             raise UsageError(f"more processes than the {gpus} GPUs here: lower --nproc-per-node")
         torch.set_float32_matmul_precision("high")  # TF32: much faster products, with 10 bits of mantissa
         torch.cuda.set_device(LOCAL_RANK)
+    if name == "cpu":
+        limit_threads()
     return torch.device(name)
 
 

@@ -1,11 +1,16 @@
-"""What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks."""
+"""What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks.
+
+The scripts set OMP_WAIT_POLICY=PASSIVE before they load PyTorch. By default, threads that have nothing to do spin, and
+take the cores from those that have: beside another busy program, two threads on two cores would be many times slower.
+"""
 
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -83,3 +88,10 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
 
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def limit_threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> None:
+    """Use no more threads than a container may use cores: PyTorch sees all cores of the machine."""
+    with suppress(OSError, ValueError):  # no container, or no limit ("max")
+        quota, period = map(int, Path(quota_file).read_text().split())
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))

@@ -11,6 +11,9 @@ checkpoints.
 
 import argparse
 import copy
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
 
 import torch
 from torch import Tensor, nn

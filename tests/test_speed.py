@@ -118,3 +118,15 @@ def test_too_little_memory_is_no_fault_of_the_compiler():
 
     with pytest.raises(RuntimeError, match="allocate memory"):
         compile_blocks(list(DiT(DiTConfig(**SMALL)).blocks), fail)
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
+def test_a_container_with_few_cores_gets_few_threads(tmp_path, quota, threads):
+    before = torch.get_num_threads()
+    (tmp_path / "cpu.max").write_text(quota)
+    try:
+        torch.set_num_threads(4)
+        speed.limit_threads(str(tmp_path / "cpu.max"))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
