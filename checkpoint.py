@@ -11,12 +11,15 @@ A file may come from a stranger, or from a disk that fails. These mechanisms mak
 
     torch.load(weights_only=True) and safetensors    hold tensors and plain types; no code is run
     checksums                                        find each bit that has changed since the file was written
+    `check_pickle`, `check_header`                   a short file does not become much in memory
     `check`                                          compares the description with the weights before a network is built
 """
 
 import hashlib
 import json
 import os
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -38,6 +41,11 @@ FORMAT = "dit-from-scratch 1"
 MAX_STEPS = 2**31  # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
 MAX_GUIDANCE = 100
 MAX_TIMESTEPS = 100_000
+MAX_DEPTH = 256             # blocks take a while to build, even without memory
+MAX_IMAGE_SIZE = 4096
+MAX_OPERATIONS = 500_000    # of a pickle; a distilled DiT-XL in training takes 74,000
+CALLED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
+MAX_HEADER = 2**22          # bytes of a safetensors file before its weights; names and numbers take some 100 a tensor
 
 
 class CheckpointError(Exception):
@@ -105,10 +113,11 @@ def check(state: dict, network: type[DiT] = DiT) -> None:
         raise ValueError("its weights are not as many tensors as the network has")
     T, interval = state["diffusion"]["timesteps"], state["guidance_interval"] or [0, 0]
     ranges = [(0, state["step"], MAX_STEPS), (0, state["guidance"], MAX_GUIDANCE), (2, T, MAX_TIMESTEPS)]
+    ranges += [(1, config.depth, MAX_DEPTH), (1, config.image_size, MAX_IMAGE_SIZE)]
     low, high = interval
     ranges += [(0, low, high), (low, high, T - 1)]
     if not all(least <= value <= most for least, value, most in ranges):
-        raise ValueError("its step, guidance, guidance_interval or timesteps is out of range")
+        raise ValueError("its step, guidance, guidance_interval, timesteps, depth or image_size is out of range")
     if type(low) is not int or type(high) is not int or len(state["data"]) > 1000:
         raise ValueError("its guidance_interval or data is not as described")
     if len(state["classes"]) != config.num_classes or not all(type(name) is str for name in state["classes"]):
@@ -191,8 +200,16 @@ def checksum(description: str, weights: dict) -> str:
     return digest.hexdigest()
 
 
+def check_header(path: Path) -> None:
+    """Raise ValueError unless the header of a safetensors file, all that is not numbers, is as short as those are."""
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+            raise ValueError("its header is too long")
+
+
 def read_safetensors(path: Path) -> dict:
     """The description and weights of a safetensors file, or only its weights. Raises ValueError where it is damaged."""
+    check_header(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -203,15 +220,28 @@ def read_safetensors(path: Path) -> dict:
     return {**json.loads(metadata["description"]), "ema": weights}
 
 
+def check_pickle(content: bytes) -> None:
+    """Raise ValueError unless a pickle is short and calls only what is CALLED for tensors.
+
+    weights_only allows more, such as bytearray(10**10), which does no harm but to fill the memory.
+    """
+    for count, (operation, name, _) in enumerate(pickletools.genops(content)):
+        if count > MAX_OPERATIONS:
+            raise ValueError("it has too many parts")
+        if operation.name == "GLOBAL" and not CALLED.fullmatch(name):
+            raise ValueError(f"it holds {name[:100]!r}")
+
+
 def read_pickle(path: Path) -> dict:
     """What a .pt file holds: tensors and plain types. Raises any exception where it is broken, or holds more."""
-    if zipfile.is_zipfile(path):  # as all are that torch.save has written since 2020
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is larger unpacked than packed, and torch.save packs nothing")
-            damaged = archive.testzip()  # compares each part with its checksum, which torch.load does not
+    with zipfile.ZipFile(path) as archive:  # as all are that torch.save has written since 2020
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is larger unpacked than packed, and torch.save packs nothing")
+        damaged = archive.testzip()  # compares each part with its checksum, which torch.load does not
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong, so it is not what was written")
+        [pickle] = (name for name in archive.namelist() if name.lower().endswith("data.pkl"))
+        check_pickle(archive.read(pickle))
     with warnings.catch_warnings(action="ignore"):  # of files that are not ours
         # With weights_only, a pickle of more than tensors and plain types is refused, and nothing in it is run.
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -128,6 +128,7 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         sys.exit(130)
     # Names of files and classes may hold anything. What is printed is one line, and commands no terminal.
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    line = line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"  # a file can hold a name of any length
     print(f"{name}: error: {line}", file=sys.stderr)
     sys.exit(status)
 
@@ -172,13 +173,13 @@ class Parser(argparse.ArgumentParser):
         if given.minutes and (given.steps or saved):
             fix = "leave one out" if given.steps else "a run that is resumed takes --steps"
             raise UsageError(f"--minutes replaces --steps: {fix}")
-        with refusing("the settings in this checkpoint are damaged"):
-            device = given.device or saved.get("device")
-            device = pick_device(device if device in [*self.presets] else None)
-            self.set_defaults(**self.presets[device.type])
-            if saved:
+        device = given.device or saved.get("device")
+        device = pick_device(device if device in [*self.presets] else None)
+        self.set_defaults(**self.presets[device.type])
+        if saved:
+            with refusing("the settings in this checkpoint are damaged"):
                 self.check(saved)
-                self.set_defaults(**saved)
+            self.set_defaults(**saved)
         args = self.parse_args(argv)
         for name in sorted(saved.keys() - may_change):
             if getattr(args, name) != saved[name]:
@@ -217,6 +218,8 @@ class Parser(argparse.ArgumentParser):
                     fits = type(value) is str
                 if not fits:
                     raise ValueError(f"{name} cannot be like this")
+        if settings["steps"] is None and settings["minutes"] is None:
+            raise ValueError("they have neither steps nor minutes")
 
 
 def number(kind: type, low: float, high: float = MAX_STEPS) -> Callable[[str], float]:

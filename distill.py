@@ -285,6 +285,7 @@ class DistillTrainer(Trainer):
 
     def load(self, state: dict) -> None:
         super().load(state)
+        checkpoint.check({**self.teacher.description, "ema": state["fake"]})
         self.fake.load_state_dict(state["fake"])
         for optimizer, saved in zip(self.fake_optimizers, state["fake_optimizers"], strict=True):
             load_optimizer(optimizer, saved, state["step"])

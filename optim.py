@@ -115,8 +115,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, step: int) -> 
         raise ValueError("an optimizer's state is not that of its network")
     for i, kept in saved["state"].items():
         expected = {name: () if name == "step" else parameters[i].shape for name in names}
-        if not all(isinstance(value, Tensor) and value.isfinite().all() for value in kept.values()):
-            raise ValueError("an optimizer's state is not finite")
         if {name: value.shape for name, value in kept.items()} != expected:
             raise ValueError("an optimizer's state has other shapes than its network")
+        if not all(v.is_floating_point() and v.is_contiguous() and v.isfinite().all() for v in kept.values()):
+            raise ValueError("an optimizer's state is not of finite numbers")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})

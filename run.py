@@ -90,8 +90,9 @@ class Run:
             self.folder = resume if resume.is_dir() else resume.parent
             self.state = checkpoint.load(resume)
             self.check_state(network)
-            self.lock()
         self.args, self.device = parser.settings(argv, self.state.get("args", {}), may_change)
+        if resume:
+            self.lock()
         self.step = self.saved_at = self.state.get("step", 0)
         steps = self.args.steps
         if resume and steps and (self.step > steps or self.step == steps and self.is_finished()):
@@ -119,7 +120,8 @@ class Run:
                 raise ValueError(f"it was not begun by {self.script}")
             if not isinstance(self.state["args"], dict):
                 raise TypeError("its settings are damaged")
-            checkpoint.check(self.state, network)
+            for name in ("ema", "model"):
+                checkpoint.check({**self.state, "ema": self.state[name]}, network)
 
     @property
     def picture(self) -> Path:
@@ -406,9 +408,10 @@ def read_log(folder: Path) -> list[dict]:
     """The entries of log.jsonl. Lines that a crash or a full disk left incomplete are skipped."""
     log, entries = folder / "log.jsonl", {}
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             entry = json.loads(line)
-            entries[int(entry["step"])] = {**entry, "loss": float(entry["loss"])}
+            step = int(entry["step"])
+            entries[step] = {**entry, "step": step, "loss": float(entry["loss"])}
     return [entry for _, entry in sorted(entries.items())]
 
 

@@ -12,6 +12,7 @@ checkpoints.
 import argparse
 import copy
 import os
+from dataclasses import asdict
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
 
@@ -168,6 +169,8 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         """Continue where `state` was taken. Raises some exception where it does not fit."""
+        if (state["config"], state["diffusion"]) != (asdict(self.config), self.diffusion.config):
+            raise ValueError("it describes another network or process")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

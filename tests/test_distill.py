@@ -210,15 +210,52 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
             run("--resume", tmp_path / "parts", "--steps", 7)
 
 
-def test_a_dry_run_of_distilling_changes_nothing(tiny_run):
-    words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--guidance", "2", "300", "800"]
-    args, device = build_parser().settings(words, {}, set())
-    trainer = DistillTrainer(load_model(tiny_run), args, device)
+@pytest.fixture
+def trainer(tiny_run) -> DistillTrainer:
+    words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--precision", "fp32"]
+    args, device = build_parser().settings([*words, "--guidance", "3", "300", "800"], {}, set())
+    return DistillTrainer(load_model(tiny_run), args, device)
+
+
+def test_a_dry_run_of_distilling_changes_nothing(trainer):
     before = copy.deepcopy(trainer.state())
     trainer.dry_run()
     assert_equal_states(trainer.state(), before)
     for part in (trainer.model, trainer.fake, trainer.ema, trainer.teacher.model):
         assert all(p.grad is None for p in part.parameters())
+
+
+def test_steps_are_learned_from_the_guided_teacher_and_the_distribution_from_one_less_guided(trainer):
+    x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.tensor([299, 300, 800])
+    conditional, unconditional = trainer.teacher.model(x, t, y), trainer.teacher.model(x, t)
+
+    def guided(weights):
+        return unconditional + torch.tensor(weights).view(3, 1, 1, 1) * (conditional - unconditional)
+
+    torch.testing.assert_close(trainer.teacher_step(x, torch.stack([t, t - 31], 1), y), guided([1.0, 3.0, 3.0]))
+    torch.testing.assert_close(trainer.teach(x, t, y, fraction=0.4), guided([1.0, 1.8, 1.8]))
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(trainer):
+    """For an image that is sampled in one step: 0.1 of its shortcut loss, 0.25 of its matching loss, and that of
+    `fake`, which is only for these images; for others the shortcut loss."""
+    trainer.ddp_model.require_backward_grad_sync = True  # as a step sets it
+    t, _, eps = trainer.randomness(0)
+    x0, y = torch.rand(20, 1, 8, 8) * 2 - 1, torch.arange(20) % 3
+    expected = []
+    for i in range(20):
+        n, d = slice(i, i + 1), trainer.diffusion
+        loss, x = shortcut_loss(d, trainer.model, trainer.ema, trainer.teacher_step, x0[n], y[n], t[n, :2], eps[n, 0])
+        if i % 10 < 2:
+            matching, fake = matching_loss(
+                d, lambda x, t, y: trainer.teach(x, t, y, 0.4), trainer.fake, x, y[n], t[n, 2], eps[n, 1]
+            )
+            loss = 0.1 * loss + 0.25 * matching + fake
+        expected.append(loss.item())
+    for size in (20, 5):  # in micro-batches of 5, every other has no image that is sampled in one step
+        parts = [slice(i, i + size) for i in range(0, 20, size)]
+        means = [trainer.loss(x0[n], y[n], t[n], eps[n]).item() for n in parts]
+        assert sum(means) / len(means) == pytest.approx(sum(expected) / 20, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -113,7 +113,10 @@ def test_only_an_optimizers_own_state_is_restored():
     for optimizer, name in zip(optimizers, ("momentum", "exp_avg"), strict=True):
         saved = optimizer.state_dict()
         load_optimizer(optimizer, saved, 1)
-        for wrong in (torch.zeros(3), torch.full_like(saved["state"][0][name], float("nan")), None, [1]):
+        own = saved["state"][0][name]
+        for wrong in (
+            torch.zeros(3), torch.full_like(own, float("nan")), own.long(), torch.zeros(1).expand(own.shape), None, [1],
+        ):
             state = {**saved["state"], 0: {**saved["state"][0], name: wrong}}
             with pytest.raises((ValueError, AttributeError)):
                 load_optimizer(optimizer, {"state": state}, 1)

@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import dataset
+import dit
 import train
 from checkpoint import CheckpointError
 from cli import UsageError, WorkError
@@ -32,13 +33,20 @@ def quick_pictures(tiny_run, monkeypatch):
     monkeypatch.setitem(TrainedModel.default_steps, "dpm++", 2)
 
 
+@pytest.fixture
+def small_network(monkeypatch):
+    """DiT-N/4 with some 30,000 parameters, for claims in which the network plays no part."""
+    monkeypatch.setitem(dit.MODELS, "DiT-N/4", dict(hidden_size=16, depth=2, num_heads=2, patch_size=4))
+
+
 def run(*arguments: object) -> int:
     return train.main([str(a) for a in arguments])
 
 
-@pytest.mark.parametrize(("optimizer", "half"), [("muon", 15), ("adamw", 15)])
-def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatch, optimizer, half):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatch, optimizer):
     """15 steps, a SIGTERM, and 15 more, against 30 without a stop."""
+    half = 15
     arguments = ["--dataset", images, *TINY, "--steps", 2 * half, "--save-every", 1000, "--optimizer", optimizer]
     assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
 
@@ -60,6 +68,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("small_network")
 def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monkeypatch):
     """As after a power cut: the log is ahead of the checkpoint."""
     arguments = ["--dataset", images, *TINY, "--steps", 30, "--save-every", 10]
@@ -105,6 +114,7 @@ def test_a_signal_saves_and_says_how_to_resume(images, tmp_path, number):
     assert checkpoint.load(tmp_path / "run")["step"] == len(losses(tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(images, tmp_path, monkeypatch):
     step = Trainer.step
 
@@ -141,12 +151,14 @@ def test_weights_alone_cannot_be_resumed(tiny_run):
         run("--resume", tiny_run / "weights.safetensors")
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_checkpoint_file_stands_for_its_run(images, tmp_path):
     run("--dataset", images, *TINY, "--steps", 2, "--run-dir", tmp_path / "run")
     assert run("--resume", tmp_path / "run" / "checkpoint.pt", "--steps", 3) == 0
     assert len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_signal_in_the_last_step_does_not_unfinish_the_run(images, tmp_path, monkeypatch):
     step = Trainer.step
 
@@ -180,12 +192,14 @@ def test_an_offline_run_is_resumed_with_its_digits(tmp_path, monkeypatch):
     assert run("--resume", tmp_path / "run", "--steps", 2) == 0  # with no look for MNIST, and no warning
 
 
+@pytest.mark.usefixtures("small_network")
 def test_without_dropped_labels_samples_are_not_guided(images, tmp_path):
     run("--dataset", images, *TINY, "--steps", 1, "--label-dropout", 0, "--run-dir", tmp_path / "run")
     state = checkpoint.load(tmp_path / "run")
     assert state["guidance"] == 1.0 and state["guidance_interval"] is None
 
 
+@pytest.mark.usefixtures("small_network")
 def test_runs_get_the_next_free_name(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -222,18 +236,18 @@ def test_settings_that_do_not_go_together_name_the_fix(images, tmp_path, argumen
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_is_one_line_and_exit_status_2(tmp_path):
+def test_data_that_is_damaged_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for file in IDX_FILES:
         (raw / file).write_bytes(b"broken")
-    result = run_script("train.py", "--dataset", "mnist", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("train.py: error: cannot get MNIST (")
+    with pytest.raises(DataError, match="cannot get MNIST .*: put "):
+        run("--dataset", "mnist")
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("small_network")
 def test_every_objective_trains(images, tmp_path):
     for i, options in enumerate((
         ["--schedule", "linear", "--prediction", "eps", "--learn-sigma"],
@@ -320,18 +334,21 @@ def test_a_run_leaves_all_its_files(tiny_run):
     assert len(losses(tiny_run)) == 20
 
 
+@pytest.mark.usefixtures("small_network")
 def test_tensorboard_is_optional(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert run("--dataset", images, *TINY, "--steps", 2, "--run-dir", tmp_path / "run") == 0
     assert not list((tmp_path / "run").glob("events*"))
 
 
-@pytest.mark.parametrize("name", ["a$b$c", "a b", "\u732b"])
-def test_a_folder_may_have_any_name(images, tmp_path, name):
+@pytest.mark.usefixtures("small_network")
+def test_a_folder_may_have_any_name(images, tmp_path):
+    name = "a $b$ \u732b"
     assert run("--dataset", images, *TINY, "--steps", 2, "--run-dir", tmp_path / name) == 0
     assert run("--resume", tmp_path / name, "--steps", 3) == 0
 
 
+@pytest.mark.usefixtures("small_network")
 def test_one_process_at_a_time_trains_in_a_folder(images, tmp_path, monkeypatch):
     step = Trainer.step
 
@@ -339,6 +356,7 @@ def test_one_process_at_a_time_trains_in_a_folder(images, tmp_path, monkeypatch)
         monkeypatch.setattr(Trainer, "step", step)
         result = run_script("train.py", "--resume", tmp_path / "run", "--steps", 50, cwd=tmp_path)
         assert result.returncode == 2 and "another process is training in" in result.stderr, result.stderr
+        assert result.stderr.startswith("train.py: error: ") and len(result.stderr.splitlines()) == 1
         return step(self, number, *batch)
 
     monkeypatch.setattr(Trainer, "step", second)
@@ -349,6 +367,7 @@ def test_one_process_at_a_time_trains_in_a_folder(images, tmp_path, monkeypatch)
 # ---------------------------------------------------------------------------------------------------- the data of a run
 
 
+@pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("change", ["rename", "move", "edit"])
 def test_a_run_is_not_resumed_on_other_classes_or_images(images, tmp_path, change):
     folder = tmp_path / "images"
@@ -384,6 +403,7 @@ def clock(monkeypatch):
     return slow
 
 
+@pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("warmup", [2, 0])
 def test_minutes_become_steps_whatever_one_slow_moment(images, tmp_path, clock, warmup):
     arguments = ["--dataset", images, *TINY, "--warmup", warmup, "--minutes", 0.2, "--save-every", 1000]
@@ -398,6 +418,7 @@ def test_minutes_become_steps_whatever_one_slow_moment(images, tmp_path, clock, 
         run(*arguments, "--steps", 5)
 
 
+@pytest.mark.usefixtures("small_network")
 def test_the_number_of_steps_is_saved_as_soon_as_it_is_known(images, tmp_path, clock, monkeypatch):
     """As after a kill -9 later: the run is resumed to the bit, however fast the machine is then."""
     arguments = ["--dataset", images, *TINY, "--minutes", 0.05, "--save-every", 1000]
@@ -422,6 +443,7 @@ def test_the_number_of_steps_is_saved_as_soon_as_it_is_known(images, tmp_path, c
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.usefixtures("small_network")
 def test_signal_handlers_are_as_before_after_training(images, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run("--dataset", images, *TINY, "--steps", 1, "--run-dir", tmp_path / "one")
@@ -432,12 +454,14 @@ def test_signal_handlers_are_as_before_after_training(images, tmp_path, monkeypa
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.usefixtures("small_network")
 def test_training_works_in_a_thread(images, tmp_path):
     arguments = ["--dataset", images, *TINY, "--steps", 1, "--run-dir", tmp_path / "run"]
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, *arguments).result() == 0
 
 
+@pytest.mark.slow
 def test_a_pipe_that_breaks_stops_no_training_and_ctrl_c_still_saves(images, tmp_path):
     """As in `python train.py 2>&1 | tee log` when Ctrl-C ends tee first."""
     command = [sys.executable, ROOT / "train.py", "--dataset", images, *TINY, "--steps", "100000", "--run-dir", "run"]
@@ -508,7 +532,10 @@ def test_gradient_checkpointing_changes_only_the_memory(images, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
 
 
-def test_where_the_output_is_no_terminal_a_line_a_minute_is_enough(images, tmp_path):
-    arguments = ["--dataset", images, *TINY, "--steps", 60, "--save-every", 30, "--run-dir", "run"]
-    result = run_script("train.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 0 and len(result.stderr) < 2000, result.stderr
+@pytest.mark.usefixtures("small_network")
+def test_where_the_output_is_no_terminal_a_line_a_minute_is_enough(images, tmp_path, capsys):
+    arguments = ["--dataset", images, *TINY, "--steps", 300, "--save-every", 100, "--run-dir", tmp_path / "run"]
+    begin = time.monotonic()
+    assert run(*arguments) == 0
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "step/s" in line]
+    assert 0 < len(lines) <= 2 + (time.monotonic() - begin) / 60, lines
