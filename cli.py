@@ -99,7 +99,10 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
     memory: the fix where there is too little of it
     """
     name = Path(sys.argv[0]).name
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout)
+    if not isinstance(sys.stderr, Output):
+        sys.stderr = Output(sys.stderr)
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     try:
