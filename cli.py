@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,6 +91,16 @@ class Output:
         return getattr(self.stream, name)
 
 
+def repeat_signal(ignored: "sys.UnraisableHookArgs") -> None:
+    """Send a signal once more whose exception was lost, because it was raised while Python removed an object."""
+    again = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(ignored.exc_type)
+    if again is None:
+        sys.__unraisablehook__(ignored)
+    else:
+        with suppress(RuntimeError):  # no thread can begin while Python ends
+            threading.Timer(0.01, os.kill, (os.getpid(), again)).start()
+
+
 def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size") -> NoReturn:
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
@@ -105,6 +116,7 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         sys.stderr = Output(sys.stderr)
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
+    sys.unraisablehook = repeat_signal
     try:
         check_environment()
         status = work()
@@ -165,7 +177,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
 
     def settings(
-        self, argv: list[str] | None, saved: dict, may_change: set[str]
+        self, argv: list[str] | None, saved: dict | None = None, may_change: set[str] = frozenset()
     ) -> tuple[argparse.Namespace, torch.device]:
         """The settings of a run, and its device. A flag that is given comes first, then the setting that a resumed run
         saved, then the preset of the device, then the parser's default.
@@ -173,15 +185,17 @@ class Parser(argparse.ArgumentParser):
         may_change: what a resumed run may do otherwise than it began. Raises UsageError, CheckpointError.
         """
         given = self.parse_args(argv)
-        if given.minutes and (given.steps or saved):
-            fix = "leave one out" if given.steps else "a run that is resumed takes --steps"
-            raise UsageError(f"--minutes replaces --steps: {fix}")
-        device = given.device or saved.get("device")
-        device = pick_device(device if device in [*self.presets] else None)
-        self.set_defaults(**self.presets[device.type])
-        if saved:
+        if given.minutes and given.steps:
+            raise UsageError("--minutes replaces --steps: leave one out")
+        if saved is None:
+            device, saved = pick_device(given.device), {}
+            self.set_defaults(**self.presets[device.type])
+        elif given.minutes:
+            raise UsageError("--minutes replaces --steps: a run that is resumed takes --steps")
+        else:
             with refusing("the settings in this checkpoint are damaged"):
                 self.check(saved)
+            device = pick_device(given.device or saved["device"])
             self.set_defaults(**saved)
         args = self.parse_args(argv)
         for name in sorted(saved.keys() - may_change):
@@ -205,7 +219,11 @@ class Parser(argparse.ArgumentParser):
         if settings.keys() != actions.keys():
             raise ValueError("they have other names")
         for name, action in actions.items():
-            values = settings[name] if isinstance(settings[name], list) and action.nargs == "+" else [settings[name]]
+            values = [settings[name]]
+            if action.nargs == "+" and settings[name] is not None:
+                values = settings[name]
+                if type(values) is not list:
+                    raise TypeError(f"{name} is not a list")
             for value in values:
                 if value is None:
                     fits = action.default is None or name in ("steps", "minutes")

@@ -90,7 +90,7 @@ class Run:
             self.folder = resume if resume.is_dir() else resume.parent
             self.state = checkpoint.load(resume)
             self.check_state(network)
-        self.args, self.device = parser.settings(argv, self.state.get("args", {}), may_change)
+        self.args, self.device = parser.settings(argv, self.state.get("args"), may_change)
         if resume:
             self.lock()
         self.step = self.saved_at = self.state.get("step", 0)
@@ -140,6 +140,8 @@ class Run:
         resumed run was trained on other data.
         """
         args = self.args
+        if self.state:
+            image_size = self.state["config"]["image_size"]
         if WORLD > 1:
             if RANK > 0:
                 warnings.simplefilter("ignore")  # one process says it for all

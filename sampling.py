@@ -176,7 +176,8 @@ def constrained(
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8 in 0 ... 255, the inverse of dataset.to_float."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # as uint8, 256 would wrap to 0
+    scaled = (images.float() * 127.5).add_(127.5).round_().clamp_(0, 255)  # in place, since images may be many
+    return scaled.to(torch.uint8)  # as uint8, 256 would wrap to 0
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

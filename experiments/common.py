@@ -64,7 +64,7 @@ def seconds_a_step(networks: dict[str, tuple[type[DiT], DiTConfig]], rounds: int
     """
     trainers = {}
     for name, (network, config) in networks.items():
-        args, device = train.build_parser().settings([], {}, set())
+        args, device = train.build_parser().settings([])
         args.guidance = train.default_guidance(args)
         trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
         trainers[name] = trainer_class(config, args, device)

@@ -253,8 +253,12 @@ def test_no_wrong_run_is_resumed(good, tmp_path, capsys):
     state, rng = checkpoint.load(good), random.Random(SEED)
     momentum, adam = state["optimizers"]
     first = next(iter(adam["state"]))
-    cases = [altered(state, path, value) for path in SETTINGS for value in rng.sample(["--lr", "x\ny", -3, 1e99, [[]],
-             ["a"], {"a": 1}, BILLION, 10**400, float("nan")], 4)]
+    wrong = [-3, 1e99, [[]], ["a"], {"a": 1}, BILLION, 10**400, float("nan")]
+    cases = [altered(state, path, value) for path in SETTINGS for value in rng.sample(wrong, 4)]
+    text = [path for path in SETTINGS if path != ("args", "data_dir")]  # which may have any name
+    cases += [altered(state, path, value) for path in text for value in ("--lr", "x\ny")]
+    cases += [altered(state, ("args", "guidance"), value) for value in (2.0, {}, [2.0, "a"])]
+    cases += [altered(state, ("args", "image_size"), value) for value in (4096.0, "8", -8)]
     cases += [altered(state, ("args",), value) for value in (None, [], {}, "lr", BILLION)]
     cases += [altered(state, ("model",), value) for value in (None, {}, [], {"a": torch.zeros(1)}, BILLION)]
     cases += [altered(state, ("optimizers",), value) for value in (None, [], {}, [1, 2], [adam, momentum], [adam],
@@ -273,7 +277,7 @@ def test_no_wrong_run_is_resumed(good, tmp_path, capsys):
             refused(lambda: train.main(["--resume", str(tmp_path), "--steps", "5", "--device", "cpu"]), capsys)
         assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", ".lock"}
         assert content == (tmp_path / "checkpoint.pt").read_bytes()
-    assert len(cases) >= 90
+    assert len(cases) >= 130
 
 
 WATCHED = """

@@ -280,9 +280,11 @@ def test_a_folder_that_does_not_fit_in_memory_names_the_size_that_fits(images, m
 def test_the_bundled_digits_are_500_of_each(monkeypatch, tmp_path):
     data = load("mnist-5000")
     assert data.pixels.shape == (5000, 1, 28, 28) and data.pixels.dtype == torch.uint8
-    assert data.labels.bincount().tolist() == [500] * 10
+    assert data.labels.bincount().tolist() == [500] * 10 and data.labels.dtype == torch.int64
+    assert data.classes == tuple("0123456789")
     assert data.pixels.float().mean().item() == pytest.approx(33.3, abs=1)  # as that of all of MNIST
-    assert "Creative Commons" in dataset.MNIST_5000.with_suffix(".txt").read_text().replace("\n", " ")
+    licence = " ".join(dataset.MNIST_5000.with_suffix(".txt").read_text().split())
+    assert "of the training set of MNIST" in licence and "Creative Commons Attribution-Share Alike 3.0" in licence
     monkeypatch.setattr(dataset, "MNIST_5000", tmp_path / "none.npz")
     with pytest.raises(DataError, match="--data-dir"):
         load("mnist-5000")

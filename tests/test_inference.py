@@ -1,8 +1,10 @@
 """Claims about sampling images."""
 
 import os
+import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoint
+import cli
 import inference
 from checkpoint import CheckpointError
 from cli import UsageError
@@ -111,7 +114,7 @@ def test_compared_guidance_is_a_row_a_weight(generate):
     image = np.asarray(Image.open(generate("--compare-guidance", 0, 1, 4, "--labels", 0, 1, 2)))
     assert image.shape == ((3 * 10 + 2) * 8, (3 * 10 + 2) * 8)
     command = ["--compare-guidance", 0, 1, 4, "--labels", 0, 1, 2, "--guidance", 1, 300, 400]
-    between = np.asarray(Image.open(generate(*command)))  # at these timesteps alone
+    between = np.asarray(Image.open(generate(*command)))  # only at these timesteps
     assert between.shape == image.shape and not np.array_equal(between, image)
 
 
@@ -155,6 +158,7 @@ def test_an_npz_is_what_evaluators_read(generate):
     assert sorted(p.name for p in path.parent.iterdir() if "samples" in p.name) == ["samples.npz"]
 
 
+@pytest.mark.slow
 def test_ranks_share_an_npz(tiny_run, generate, tmp_path):
     generate("--npz", "one.npz", "--count", 7, "--batch-size", 2)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
@@ -176,7 +180,8 @@ def test_official_weights_write_latents(generate, tmp_path):
         assert file["labels"].tolist() == [3, 3]
 
 
-def test_official_weights_may_be_wrapped_or_safetensors(generate, tmp_path):
+def test_official_weights_may_be_wrapped_or_safetensors(generate, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "DiT-S/8", {**MODELS["DiT-S/8"], "depth": 1})  # the whole one is read above
     config = DiTConfig(**MODELS["DiT-S/8"], image_size=16, in_channels=4, num_classes=10, learn_sigma=True)
     weights = DiT(config).state_dict()
     torch.save({"model": {}, "ema": weights}, tmp_path / "nested.pt")
@@ -229,7 +234,7 @@ def test_labels_are_numbers_names_or_ranges():
         (["--interpolate", 0, 1, "--sampler", "ddpm"], "samplers that add no noise"),
         (["--interpolate", 0, 1, "--per-class", 3], "leave other flags out"),
         (["--inpaint", "middle", "x.png"], "one of left, right, top, bottom"),
-            ],
+    ],
 )
 def test_what_cannot_be_asked_for_names_the_fix(generate, arguments, fix, tmp_path):
     with pytest.raises(UsageError, match=fix):
@@ -342,10 +347,26 @@ def test_an_unconditional_model_samples_without_labels(generate, tmp_path):
         generate("--labels", 1, weights=tmp_path / "weights.safetensors")
 
 
-def test_an_error_is_one_line_and_exit_status_2(tmp_path):
-    result = run_script("inference.py", "--checkpoint", "nowhere.pt", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr == (
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run the script with these words, in this process: what it prints where it ends with status 2."""
+    for module, name in ((sys, "stdout"), (sys, "stderr"), (warnings, "showwarning")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["inference.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.run_script(inference.main)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_an_error_is_one_line_and_exit_status_2(refused):
+    assert refused("--checkpoint", "nowhere.pt") == (
         "inference.py: error: no checkpoint nowhere.pt: give a .pt or .safetensors file, or the folder of a run\n"
     )
 
@@ -353,12 +374,22 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path):
 @pytest.mark.parametrize("environment", [
     dict(RANK="1", WORLD_SIZE="1"), dict(WORLD_SIZE="2"), dict(RANK="x"), dict(RANK="0", WORLD_SIZE="2"),
 ])
-def test_an_environment_of_several_processes_that_are_not_there_is_refused(tmp_path, environment):
-    result = run_script("inference.py", cwd=tmp_path, env={**os.environ, **environment})
-    assert result.returncode == 2 and not list(tmp_path.iterdir())
-    assert result.stderr.count("\n") == 1 and "start with torchrun, or unset both" in result.stderr
+def test_an_environment_of_several_processes_that_are_not_there_is_refused(
+    refused, monkeypatch, tmp_path, environment
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, environment.get(name, ""))  # an empty one counts as unset
+    assert cli.process_numbers() == (0, 0, 1)  # so are RANK and WORLD when the script is loaded
+    line = refused()
+    assert line.count("\n") == 1 and "start with torchrun, or unset both" in line
+    assert not list(tmp_path.iterdir())
+    for name in environment:
+        monkeypatch.setenv(name, "")
+    cli.check_environment()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [">&-", "2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
 def test_output_that_goes_away_stops_nothing(tiny_run, tmp_path, outputs):
     command = f"{sys.executable} {ROOT / 'inference.py'} --checkpoint {tiny_run} --steps 2 --output new.png {outputs}"

@@ -159,3 +159,28 @@ def test_of_two_processes_one_is_killed_and_the_other_stops_and_says_so(images, 
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_states(checkpoint.load(tmp_path / "killed"), checkpoint.load(tmp_path / "whole"))
     assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+LOST = """
+import signal, time
+from cli import run_script
+
+class Resource:
+    def __del__(self):
+        signal.raise_signal({signal})
+
+def work():
+    resource = Resource()
+    del resource
+    time.sleep(30)
+
+run_script(work)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [("signal.SIGINT", 130), ("signal.SIGTERM", 143)])
+def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(number, status):
+    begin = time.monotonic()
+    result = run_script("-c", LOST.replace("{signal}", number), cwd=ROOT)
+    assert (result.returncode, result.stderr) == (status, "")
+    assert time.monotonic() - begin < 25

@@ -84,7 +84,7 @@ def test_where_compiling_fails_training_is_eager_with_a_warning(monkeypatch, err
     states = []
     for compiled in (None, lambda f: fails_forward, lambda f: lambda *inputs: FailsBackward.apply(f(*inputs), error)):
         words = [*TINY, "--steps", "5", "--guidance", "1", "--compile" if compiled else "--no-compile"]
-        args, device = train.build_parser().settings(words, {}, set())
+        args, device = train.build_parser().settings(words)
         if compiled:
             monkeypatch.setattr(torch, "compile", lambda f, compiled=compiled, **_: compiled(f))
             with pytest.warns(UserWarning, match=rf"torch.compile does not work here \({reason}\)"):

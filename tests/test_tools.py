@@ -13,6 +13,7 @@ import metrics
 import sweep
 import train_classifier
 from cli import UsageError
+from conftest import run_script
 from diffusion import Diffusion
 from distill import ShortcutDiT
 from dit import MODELS, DiT, DiTConfig
@@ -79,6 +80,7 @@ def test_a_sweep_plots_a_picture(what, weights, monkeypatch, tmp_path):
 def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "bootstrap", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(metrics, "neighbour_distance", lambda points: torch.ones(len(points)))
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
     about = checkpoint.describe(ShortcutDiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
     checkpoint.save_weights(tmp_path / "fast.safetensors", ShortcutDiT(config).state_dict(), about)
@@ -97,6 +99,17 @@ def test_what_a_sweep_sets_itself_cannot_be_set(weights):
     ):
         with pytest.raises(UsageError, match=fix):
             run(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["benchmark", "make_figures", "sweep", "train_classifier"])
+def test_a_tool_runs_in_any_folder(tool, tmp_path):
+    result = run_script(f"tools/{tool}.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert result.stdout.startswith(f"usage: {tool}.py")
+    result = run_script(f"tools/{tool}.py", "--nonsense", cwd=tmp_path)
+    assert result.returncode == 2 and not list(tmp_path.iterdir())
+    assert result.stderr.startswith(f"{tool}.py: error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("P", [7, 2])

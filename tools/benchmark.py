@@ -106,7 +106,7 @@ def train_row(precision: str, model: str, optimizer: str, batch: int, device: to
     torch.compiler.reset()  # otherwise it would give up compiling after some networks of other shapes
     flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
     flags += f" --device {device.type}"
-    args, _ = build_parser().settings(flags.split(), {}, set())
+    args, _ = build_parser().settings(flags.split())
     args.guidance = default_guidance(args)
     trainer = Trainer(DiTConfig(**MODELS[model]), args, device)
     config = trainer.config
