@@ -5,7 +5,7 @@
     a state dict, .pt     weights of the official DiT, for which the user has to name the model
 
 The first two describe themselves, see `describe`. Averaged weights, "ema", are an exponential moving average of the
-weights over the training steps (train.update_ema). They give better samples than the last weights themselves.
+weights over the training steps (optim.update_ema). They give better samples than the last weights themselves.
 
 A file may come from a stranger, or from a disk that fails. These mechanisms make it safe to read:
 

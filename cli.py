@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
-from dataset import DataError
+from dataset import DataError, Images
+from dit import MODELS, DiTConfig
 from speed import best_precision, limit_threads
 
 
@@ -285,6 +286,28 @@ def guidance_settings(values: list[float], timesteps: int) -> dict:
     if not abs(weight) <= MAX_GUIDANCE:
         raise UsageError(f"a guidance weight must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
     return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
+
+
+def default_guidance(args: argparse.Namespace) -> list[float]:
+    """`--guidance` for samples of a model that is trained with these settings."""
+    if not args.label_dropout:  # then no unconditional prediction is learned
+        return [1.0]
+    # With flow, guidance only at the middle timesteps is better by every measure (assets/recipe.md), and cheaper.
+    return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
+
+
+def network_config(args: argparse.Namespace, data: Images, choose_patch: bool) -> DiTConfig:
+    """The shape of the network for these images. choose_patch: take patches that fit them. Raises UsageError."""
+    C, S, _ = data.pixels[0].shape
+    if choose_patch and S % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
+    patch = MODELS[args.model]["patch_size"]
+    if S % patch:
+        sizes = f"{max(S // patch, 1) * patch} or {(S // patch + 1) * patch}"
+        raise UsageError(f"{args.model} cuts images into patches of {patch} pixels, and these have {S}: "
+                         f"use --image-size {sizes}, or a --model of other patches")
+    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
+    return DiTConfig(**MODELS[args.model], **shape)
 
 
 def output_path(path: Path | None, default: str) -> Path:

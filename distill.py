@@ -34,7 +34,7 @@ import checkpoint
 from cli import BUNDLED_WEIGHTS, Parser, UsageError, guidance_settings, run_script
 from diffusion import Diffusion, clip, guide, sample_timesteps
 from dit import DiT, DiTConfig, TimestepEmbedder
-from optim import learning_rate, load_optimizer, make_optimizers, take_step
+from optim import learning_rate, load_optimizers, make_optimizers, take_step
 from run import MAY_CHANGE, Run, distributed
 from sampling import TrainedModel, seeded
 from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, train
@@ -226,14 +226,9 @@ class DistillTrainer(Trainer):
         self.fake_optimizers = make_optimizers(self.fake, self.args)
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
 
-    def dry_run(self) -> None:
-        try:
-            super().dry_run()
-        finally:
-            self.fake.zero_grad()
-
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss, norm = super().step(number, x0, y)  # its backward pass has reached `fake`, too
+        self.fake.zero_grad()
+        loss, norm = super().step(number, x0, y)  # its backward pass reaches `fake`, too
         nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
         take_step(self.fake_optimizers, learning_rate(number, self.args))
         return loss, norm
@@ -287,8 +282,7 @@ class DistillTrainer(Trainer):
         super().load(state)
         checkpoint.check({**self.teacher.description, "ema": state["fake"]})
         self.fake.load_state_dict(state["fake"])
-        for optimizer, saved in zip(self.fake_optimizers, state["fake_optimizers"], strict=True):
-            load_optimizer(optimizer, saved, state["step"])
+        load_optimizers(self.fake_optimizers, state["fake_optimizers"], state["step"])
 
     def trained_model(self) -> ShortcutModel:
         eager = ShortcutDiT(self.config).to(self.device)  # for batches of samples, faster than compiling self.ema again

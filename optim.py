@@ -99,24 +99,31 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Move the parameters against their gradients, which become None."""
+    """Move the parameters against their gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr
         optimizer.step()
-        optimizer.zero_grad()
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, step: int) -> None:
-    """Restore an optimizer after this many steps. Raises some exception unless `saved` is its own state_dict."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    if saved["state"].keys() != set(range(len(parameters) if step else 0)):
-        raise ValueError("an optimizer's state is not that of its network")
-    for i, kept in saved["state"].items():
-        expected = {name: () if name == "step" else parameters[i].shape for name in names}
-        if {name: value.shape for name, value in kept.items()} != expected:
-            raise ValueError("an optimizer's state has other shapes than its network")
-        if not all(v.is_floating_point() and v.is_contiguous() and v.isfinite().all() for v in kept.values()):
-            raise ValueError("an optimizer's state is not of finite numbers")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Move the averaged weights towards the model's. The decay rises to its value, since the first weights are bad."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict], step: int) -> None:
+    """Restore optimizers after this many steps. Raises some exception unless `saved` are their own state_dicts."""
+    for optimizer, state_dict in zip(optimizers, saved, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        if state_dict["state"].keys() != set(range(len(parameters) if step else 0)):
+            raise ValueError("an optimizer's state is not that of its network")
+        for i, kept in state_dict["state"].items():
+            expected = {name: () if name == "step" else parameters[i].shape for name in names}
+            if {name: value.shape for name, value in kept.items()} != expected:
+                raise ValueError("an optimizer's state has other shapes than its network")
+            if not all(v.is_floating_point() and v.is_contiguous() and v.isfinite().all() for v in kept.values()):
+                raise ValueError("an optimizer's state is not of finite numbers")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state_dict["state"]})

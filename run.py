@@ -40,6 +40,7 @@ import checkpoint
 import dataset
 from cli import LOCAL_RANK, NOT_SETTINGS, RANK, WORLD, Parser, UsageError, WorkError, number
 from dit import DiT
+from optim import learning_rate
 from sampling import grid
 
 RUNS = Path("runs")
@@ -166,6 +167,12 @@ class Run:
         args.dataset = args.dataset or data.name
         return data
 
+    def batches(self, data: dataset.Images) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the batch of each step that is left, see dataset.batches, until a signal comes."""
+        batches = dataset.batches(data, self.args.batch_size, self.args.seed, self.step, RANK, WORLD, self.device)
+        while self.step != self.args.steps and not self.should_stop():
+            yield next(batches)
+
     @contextmanager
     def open(self, trainer: object, data: dataset.Images, what: str) -> Iterator[None]:
         """Make the folder, or continue in it, and print what will happen there. Inside, steps can be logged.
@@ -196,7 +203,9 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # which alone may set them
             handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
+            self.begin(trainer)
             yield
+            self.save(trainer)
         finally:
             for n, handler in handlers.items():
                 signal.signal(n, handler)
@@ -232,13 +241,13 @@ class Run:
     def is_milestone(self) -> bool:
         return self.step == self.args.steps or self.step % self.args.save_every == 0
 
-    def after_step(self, trainer: object, loss: Tensor, norm: Tensor, lr: float) -> None:
+    def after_step(self, trainer: object, loss: Tensor, norm: Tensor) -> None:
         """Count a step as done; log it, and save a checkpoint and samples when they are due.
 
         loss, norm: the loss and the norm of its gradient, tensors of one number, which are read later
         """
+        self.pending.append((loss, norm, learning_rate(self.step, self.args)))
         self.step += 1
-        self.pending.append((loss, norm, lr))
         self.bar.update()
         planned = False
         if self.step % LOG_EVERY == 0:
@@ -366,6 +375,7 @@ def local_part(batch: Tensor) -> Tensor:
 def distributed(network: nn.Module) -> nn.Module:
     """The network, whose gradient becomes the mean over the processes where there are several."""
     if WORLD == 1:
+        network.require_backward_grad_sync = True  # as DistributedDataParallel has it
         return network
     from torch.nn.parallel import DistributedDataParallel  # takes seconds, and only several processes need it
 

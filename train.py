@@ -1,7 +1,6 @@
 """Train a DiT.
 
     python train.py                                          MNIST, with what suits this machine
-    python train.py --dataset cifar10 --steps 50000
     python train.py --resume runs/mnist-1
     torchrun --nproc-per-node=4 train.py                     the same, on four GPUs
 
@@ -19,19 +18,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded,
 import torch
 from torch import Tensor, nn
 
-import dataset
 from checkpoint import refusing
-from cli import RANK, WORLD, Parser, UsageError, guidance_settings, number, run_script
+from cli import WORLD, Parser, UsageError, default_guidance, guidance_settings, network_config, number, run_script
+from dataset import FOLDER_IMAGE_SIZE, Images
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS, Diffusion, drop_labels, sample_timesteps
 from dit import MODELS, DiT, DiTConfig
-from optim import learning_rate, load_optimizer, make_optimizers, take_step
+from optim import learning_rate, load_optimizers, make_optimizers, take_step, update_ema
 from run import Run, add_run_flags, distributed, local_part
 from sampling import TrainedModel, seeded
 from speed import checkpoint_blocks, compile_blocks, fast_attention
 from variance import LearnedVariance
 
-# The defaults that depend on the device.
-PRESETS = {
+PRESETS = {  # the defaults that depend on the device
     "cpu": dict(model="DiT-N/7", minutes=9.0, batch_size=128, lr=7e-3, timestep_mean=0.4, compile=True),
     "cuda": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, compile=True),
     "mps": dict(model="DiT-T/4", steps=20000, batch_size=256, lr=2e-3, timestep_mean=0.0, compile=False),
@@ -61,8 +59,7 @@ def build_parser() -> Parser:
     parser = Parser("train.py", "Train a Diffusion Transformer.", PRESETS)
     flag = parser.group("network")
     flag("--model", None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
-    flag("--image-size", None, f"in pixels (default: the data set's own; {dataset.FOLDER_IMAGE_SIZE} for a folder)",
-         type=number(int, 1, 4096))
+    flag("--image-size", None, f"pixels (default: its own; {FOLDER_IMAGE_SIZE} for folders)", type=number(int, 1, 4096))
     flag("--learn-sigma", False, "also predict the variance of the reverse steps")
     flag = parser.group("diffusion")
     flag("--schedule", "flow", "how the noise grows with the timestep", choices=list(SCHEDULES))
@@ -114,16 +111,12 @@ class Trainer:
         self.blocks = list(self.model.blocks)  # to compile
 
     def dry_run(self) -> None:
-        """A forward and a backward pass of blank images, which changes nothing."""
+        """A forward and a backward pass of blank images, whose gradients the next step removes."""
         n = self.micro_batch_size
         t, _, eps = (values[:n].to(self.device) for values in self.randomness(0))
         x0, y = torch.zeros(n, *self.shape, device=self.device), torch.zeros(n, dtype=torch.long, device=self.device)
-        self.ddp_model.require_backward_grad_sync = True
-        try:
-            with fast_attention(self.device, self.args.precision):
-                self.loss(x0, y, t, eps).backward()
-        finally:  # a backward pass that fails may leave gradients as well
-            self.model.zero_grad()
+        with fast_attention(self.device, self.args.precision):
+            self.loss(x0, y, t, eps).backward()
 
     def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
@@ -134,6 +127,7 @@ class Trainer:
         args, n = self.args, self.micro_batch_size
         t, u, eps = (local_part(values).to(self.device) for values in self.randomness(number))
         y = drop_labels(y, self.config.num_classes, self.label_dropout, u)        # for guidance
+        self.model.zero_grad()
         total = 0.0
         for i in range(args.grad_accum_steps):
             micro = slice(i * n, (i + 1) * n)
@@ -173,59 +167,21 @@ class Trainer:
             raise ValueError("it describes another network or process")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved, state["step"])
+        load_optimizers(self.optimizers, state["optimizers"], state["step"])
 
     def trained_model(self) -> TrainedModel:
         return TrainedModel(self.ema, self.diffusion, self.guidance)
 
 
-@torch.no_grad()
-def update_ema(ema: DiT, model: DiT, step: int, decay: float) -> None:
-    """Move the averaged weights towards the model's. The decay rises to its value, since the first weights are bad."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def train(trainer: Trainer, run: Run, data: dataset.Images) -> None:
+def train(trainer: Trainer, run: Run, data: Images) -> None:
     """Take the steps that are left, or as many as there is time for before a signal asks the run to stop."""
-    args = trainer.args
-    batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
-    run.begin(trainer)
-    while run.step != args.steps and not run.should_stop():
-        x0, y = next(batches)                                            # (b, C, S, S) in [-1, 1], and (b,)
-        lr = learning_rate(run.step, args)
+    for x0, y in run.batches(data):                                      # (b, C, S, S) in [-1, 1], and (b,)
         loss, norm = trainer.step(run.step, x0, y)
-        run.after_step(trainer, loss, norm, lr)                          # counts the step, logs, saves, samples
-    run.save(trainer)
-
-
-def network_config(args: argparse.Namespace, data: dataset.Images, choose_patch: bool) -> DiTConfig:
-    """The shape of the network for these images. choose_patch: take patches that fit them. Raises UsageError."""
-    C, S, _ = data.pixels[0].shape
-    if choose_patch and S % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
-    patch = MODELS[args.model]["patch_size"]
-    if S % patch:
-        sizes = f"{max(S // patch, 1) * patch} or {(S // patch + 1) * patch}"
-        raise UsageError(f"{args.model} cuts images into patches of {patch} pixels, and these have {S}: "
-                         f"use --image-size {sizes}, or a --model of other patches")
-    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
-    return DiTConfig(**MODELS[args.model], **shape)
-
-
-def default_guidance(args: argparse.Namespace) -> list[float]:
-    if not args.label_dropout:  # then no unconditional prediction is learned
-        return [1.0]
-    # With flow, guidance only at the middle timesteps is better by every measure (assets/recipe.md), and cheaper.
-    return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
+        run.after_step(trainer, loss, norm)                              # counts the step, logs, saves, samples
 
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) -> int:
-    """Train as the command line says. Returns the exit status.
-
-    Raises UsageError, DataError, CheckpointError, WorkError.
-    """
+    """Train as the command line says. Returns the exit status, and raises the errors of cli.run_script."""
     run = Run(build_parser(), argv, trainer_class.network)
     args = run.args
     if run.given.timestep_mean and args.timestep_distribution != "logit-normal":

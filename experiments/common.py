@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
+from cli import default_guidance  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
@@ -65,7 +66,7 @@ def seconds_a_step(networks: dict[str, tuple[type[DiT], DiTConfig]], rounds: int
     trainers = {}
     for name, (network, config) in networks.items():
         args, device = train.build_parser().settings([])
-        args.guidance = train.default_guidance(args)
+        args.guidance = default_guidance(args)
         trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
         trainers[name] = trainer_class(config, args, device)
     x0, y = torch.zeros(args.batch_size, *trainers[name].shape, device=device), torch.zeros(args.batch_size).long()

@@ -76,7 +76,7 @@ class FailsBackward(torch.autograd.Function):
     [(RuntimeError("no compiler here\nat all"), "no compiler here"), (AssertionError(), "AssertionError")],
 )
 def test_where_compiling_fails_training_is_eager_with_a_warning(monkeypatch, error, reason):
-    """As soon as the forward pass, or not before the backward pass, which then leaves no gradient either."""
+    """As soon as the forward pass, or not before the backward pass, whose gradients change no step."""
     def fails_forward(*_):
         raise error
 
@@ -92,7 +92,6 @@ def test_where_compiling_fails_training_is_eager_with_a_warning(monkeypatch, err
         else:
             trainer = train.Trainer(config, args, device)
         assert not trainer.compiled
-        assert all(p.grad is None for p in trainer.model.parameters())
         trainer.step(0, x0, y)
         trainer.step(1, x0, y)
         states.append(trainer.state())

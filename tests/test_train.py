@@ -20,9 +20,10 @@ from checkpoint import CheckpointError
 from cli import UsageError, WorkError
 from conftest import ROOT, TINY, assert_equal_states, losses, run_script, trained
 from dataset import IDX_FILES, DataError
+from optim import update_ema
 from run import new_folder
 from sampling import TrainedModel
-from train import Trainer, update_ema
+from train import Trainer
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
 

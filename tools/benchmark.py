@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import Parser, number, pick_device, run_script  # noqa: E402
+from cli import Parser, default_guidance, number, pick_device, run_script  # noqa: E402
 from distill import STEP_COUNTS, ShortcutModel  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
 from inference import DEFAULT_STEPS, find_checkpoint, load_model  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
 from speed import best_precision  # noqa: E402
-from train import PRESETS, Trainer, build_parser, default_guidance  # noqa: E402
+from train import PRESETS, Trainer, build_parser  # noqa: E402
 from variance import LearnedVariance  # noqa: E402
 
 # The model, the optimizer, and the batch size on a CPU.
