@@ -123,30 +123,33 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         status = work()
         sys.stdout.flush()
         sys.exit(status)
-    except (UsageError, CheckpointError, DataError) as error:
-        status, message = 2, error
-    except (WorkError, FloatingPointError) as error:
-        status, message = 1, error
-    except OSError as error:  # a full disk, or no right to write there
-        status, message = 1, error
-        if error.filename:
-            message = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has no exceptions of its own for a CPU without memory, or for a process that is gone.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            status, message = 1, f"there is too little memory: {memory}"
-        elif WORLD > 1:
-            gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
-            status, message = 1, f"{gone} ({str(error)[:100]})"
-        else:
-            raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        status, message = explain(error, memory)
     # Names of files and classes may hold anything. What is printed is one line, and commands no terminal.
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     line = line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"  # a file can hold a name of any length
     print(f"{name}: error: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+def explain(error: Exception, memory: str) -> tuple[int, str]:
+    """The exit status and the message for an exception, see `run_script`. Raises those that are faults in the code."""
+    if isinstance(error, UsageError | CheckpointError | DataError):
+        return 2, str(error)
+    if isinstance(error, WorkError | FloatingPointError):
+        return 1, str(error)
+    if isinstance(error, OSError):  # a full disk, or no right to write there
+        place = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
+        return 1, place if error.filename else str(error)
+    # PyTorch has no exceptions of its own for a CPU without memory, or for a process that is gone.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return 1, f"there is too little memory: {memory}"
+    if isinstance(error, RuntimeError) and WORLD > 1:
+        gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
+        return 1, f"{gone} ({str(error)[:100]})"
+    raise error
 
 
 class Parser(argparse.ArgumentParser):

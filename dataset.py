@@ -294,6 +294,7 @@ def batches(
     """
     local = slice(batch_size // world * rank, batch_size // world * (rank + 1))
     pixels, labels = data.pixels.to(device), data.labels.to(device)
+    cuda = pixels.device.type == "cuda"
     for index in index_batches(len(data.labels), batch_size, seed, start):
-        index = index[local].to(device)
+        index = index[local].to(device, non_blocking=cuda)  # without waiting for what the GPU still has to do
         yield to_float(pixels[index]), labels[index]

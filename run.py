@@ -65,7 +65,8 @@ def add_run_flags(parser: Parser) -> None:
     flag("--save-every", 500, "steps between checkpoints, each with a grid of samples", type=number(int, 1))
     flag("--seed", 0, "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
     flag("--device", None, "(default: the best there is)", choices=list(parser.presets))
-    flag("--precision", None, "of matrix products (default: bf16 where the device has it)", choices=["fp32", "bf16"])
+    flag("--precision", None, "of matrix products; fp32 on CUDA means TF32 (default: bf16 where the device has it)",
+         choices=["fp32", "bf16"])
     flag("--compile", True, "compile the blocks, where that is possible")
 
 
@@ -366,10 +367,11 @@ class Run:
         return 128 + self.signal if stopped else 0
 
 
-def local_part(batch: Tensor) -> Tensor:
-    """This process's part of what belongs to a whole batch."""
+def local_part(batch: Tensor, device: torch.device) -> Tensor:
+    """This process's part of what belongs to a whole batch, on its device."""
     size = len(batch) // WORLD
-    return batch[size * RANK : size * (RANK + 1)]
+    # To CUDA, without waiting for what the GPU still has to do.
+    return batch[size * RANK : size * (RANK + 1)].to(device, non_blocking=device.type == "cuda")
 
 
 def distributed(network: nn.Module) -> nn.Module:

@@ -125,7 +125,7 @@ class Trainer:
         x0, y:  this process's part of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
         """
         args, n = self.args, self.micro_batch_size
-        t, u, eps = (local_part(values).to(self.device) for values in self.randomness(number))
+        t, u, eps = (local_part(values, self.device) for values in self.randomness(number))
         y = drop_labels(y, self.config.num_classes, self.label_dropout, u)        # for guidance
         self.model.zero_grad()
         total = 0.0
