@@ -43,7 +43,8 @@ MAX_GUIDANCE = 100
 MAX_TIMESTEPS = 100_000
 MAX_DEPTH = 256             # blocks take a while to build, even without memory
 MAX_IMAGE_SIZE = 4096
-MAX_OPERATIONS = 500_000    # of a pickle; a distilled DiT-XL in training takes 74,000
+MAX_OPERATIONS = 500_000    # of a pickle, and its parts; a distilled DiT-XL in training takes 74,000
+MAX_NESTING = 1000          # of its values; a list counts once more for each thousand of its items
 CALLED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
 MAX_HEADER = 2**22          # bytes of a safetensors file before its weights; names and numbers take some 100 a tensor
 
@@ -221,15 +222,34 @@ def read_safetensors(path: Path) -> dict:
 
 
 def check_pickle(content: bytes) -> None:
-    """Raise ValueError unless a pickle is short and calls only what is CALLED for tensors.
+    """Raise some exception unless a pickle is short and calls only what is CALLED for tensors.
 
-    weights_only allows more, such as bytearray(10**10), which does no harm but to fill the memory.
+    weights_only allows more, such as bytearray(10**10), which fills the memory, or forty pairs, each of which holds the
+    one before twice, which take forever as a key. So this follows the unpickler's stack. In place of each value it has
+    the number of its parts, where what is held twice counts twice, and how deep they are nested.
     """
-    for count, (operation, name, _) in enumerate(pickletools.genops(content)):
-        if count > MAX_OPERATIONS:
-            raise ValueError("it has too many parts")
-        if operation.name == "GLOBAL" and not CALLED.fullmatch(name):
-            raise ValueError(f"it holds {name[:100]!r}")
+    stack, memo = [], {}
+    for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if operation.name == "GLOBAL" and not CALLED.fullmatch(argument):
+            raise ValueError(f"it holds {argument[:100]!r}")
+        if "PUT" in operation.name:
+            memo[argument] = stack[-1]
+        elif "GET" in operation.name:
+            stack.append(memo[argument])
+        elif operation.name == "MARK":
+            stack.append(None)
+        else:
+            taken, values = len(operation.stack_before), []
+            if pickletools.stackslice in operation.stack_before:  # all values after a mark
+                taken -= 2
+                while stack[-1] is not None:
+                    values.append(stack.pop())
+                stack.pop()
+            values += [stack.pop() for _ in range(taken)]
+            parts, depth = 1 + sum(n for n, _ in values), 1 + max((d for _, d in values), default=0)
+            if max(count, parts) > MAX_OPERATIONS or depth > MAX_NESTING:
+                raise ValueError("it has too many parts")
+            stack += [(parts, depth)] * len(operation.stack_after)
 
 
 def read_pickle(path: Path) -> dict:

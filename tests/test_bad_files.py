@@ -108,6 +108,15 @@ def damaged(content: bytes, n: int) -> list[bytes]:
     return cases
 
 
+def with_pickle(content: bytes) -> bytes:
+    """A file as torch.save writes it, but with this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(bytes_of({}))) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return file.getvalue()
+
+
 def harmful(touched) -> dict[str, bytes]:
     """Files that would run a command, or fill the memory."""
     bomb = io.BytesIO()
@@ -117,6 +126,9 @@ def harmful(touched) -> dict[str, bytes]:
             for _ in range(400):
                 member.write(bytes(2**20))
     return {
+        # {((..., ...), (..., ...)): 1}, which would be hashed for years, and {((((...),),),): 1}, by recursion
+        "pairs.pt": with_pickle(b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."),
+        "tuples.pt": with_pickle(b"\x80\x02})" + b"\x85" * 400_000 + b"K\x01s."),
         "code.pt": bytes_of({"format": checkpoint.FORMAT, "step": Malicious(touched)}),
         "code-teacher.pt": bytes_of({"format": checkpoint.FORMAT, "teacher": Malicious(touched)}),
         "pickle.pt": pickle.dumps(Malicious(touched)),

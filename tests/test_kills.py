@@ -165,6 +165,8 @@ LOST = """
 import signal, time
 from cli import run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background does not have
+
 class Resource:
     def __del__(self):
         signal.raise_signal({signal})
