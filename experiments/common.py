@@ -59,13 +59,15 @@ def gflops(network: type[DiT], config: DiTConfig) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def seconds_a_step(networks: dict[str, tuple[type[DiT], DiTConfig]], rounds: int = 5) -> dict[str, float]:
-    """The seconds of a training step of each network, with the default settings: the median of rounds in turn, so that
-    whatever else the machine does slows all of them alike.
+def seconds_a_step(
+    networks: dict[str, tuple[type[DiT], DiTConfig]], flags: list[str], rounds: int
+) -> dict[str, float]:
+    """The seconds of a training step of each network, with the default settings and these flags: the median of rounds
+    in turn, so that whatever else the machine does slows all of them alike.
     """
     trainers = {}
     for name, (network, config) in networks.items():
-        args, device = train.build_parser().settings([])
+        args, device = train.build_parser().settings(flags)
         args.guidance = default_guidance(args)
         trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
         trainers[name] = trainer_class(config, args, device)

@@ -166,6 +166,7 @@ def run_one(name: str, objective: str, seed: int, args, reference: Reference) ->
     """The numbers of one network after each of args.steps."""
     folder = args.runs / f"{name}, {objective}, seed {seed}"
     flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--lr-schedule", "constant", "--seed", str(seed)]
+    flags += args.flags
     rows = []
     for steps in args.steps:
         result = folder / f"measured-{steps}-{args.count}.json"
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/conditioning"), help="(default: runs/conditioning)")
     parser.add_argument("--output", type=Path, help="folder of both results (default: experiments and assets)")
     args = parser.parse_args(argv)
+    args.flags = ["--no-compile"] if args.quick else []
     args.steps, args.count, seeds = ([4, 8], 20, [0]) if args.quick else ([500, 1000, 2000], 2000, [0, 1])
     reference, rows = Reference(), []
     for seed in seeds:
@@ -245,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows += run_one(name, objective, seed, args, reference)
                 print(f"{name}, {objective}, seed {seed}: rho {rows[-1]['rho']:.2f}", flush=True)
     config = DiTConfig(**MODELS["DiT-N/7"])
-    seconds = seconds_a_step({name: (network, config) for name, network in NETWORKS.items()}, 1 if args.quick else 5)
+    networks = {name: (network, config) for name, network in NETWORKS.items()}
+    seconds = seconds_a_step(networks, args.flags, 1 if args.quick else 5)
     for row in rows:
         row["seconds_a_step"] = seconds[row["conditioning"]]
     content = json.dumps(rows, indent=1).encode()

@@ -31,7 +31,7 @@ def run_one(size: str, patch: int, args, reference: Reference) -> tuple[list[dic
     model = f"DiT-{size}/{patch}"
     folder, rows = args.runs / f"{size}{patch}", []
     flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--lr-schedule", "constant", "--model", model]
-    flags += ["--batch-size", str(BATCH_SIZE), "--lr", "4e-3"]
+    flags += ["--batch-size", str(BATCH_SIZE), "--lr", "4e-3", *args.flags]
     for steps in args.steps:
         result = folder / f"measured-{steps}-{args.count}.json"
         state = train_to(folder, DiT, flags, steps)
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/scaling"), help="(default: runs/scaling)")
     parser.add_argument("--output", type=Path, help="folder of all results (default: experiments and assets)")
     args = parser.parse_args(argv)
+    args.flags = ["--no-compile"] if args.quick else []
     args.steps, args.count = ([2, 4], 20) if args.quick else ([250, 500, 1000], 2000)
     sizes = list(SIZES)[:2] if args.quick else list(SIZES)
     patches = list(PATCHES)[:2] if args.quick else list(PATCHES)
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             rows, samples = rows + numbers, [*samples, images]
             print(f"{size}/{patch}: rho {numbers[-1]['rho']:.2f}", flush=True)
     configs = {f"DiT-{s}/{p}": (DiT, DiTConfig(**MODELS[f"DiT-{s}/{p}"])) for s in sizes for p in patches}
-    seconds = seconds_a_step(configs, 1 if args.quick else 3)
+    seconds = seconds_a_step(configs, args.flags, 1 if args.quick else 3)
     for row in rows:
         row["seconds_a_step"] = seconds[row["model"]]
     content = json.dumps(rows, indent=1).encode()
