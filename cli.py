@@ -287,7 +287,7 @@ def guidance_settings(values: list[float], timesteps: int) -> dict:
             f"--guidance takes W alone, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
         )
     if not abs(weight) <= MAX_GUIDANCE:
-        raise UsageError(f"a guidance weight must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
+        raise UsageError(f"a guidance scale must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
     return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
 
 

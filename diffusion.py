@@ -1,4 +1,4 @@
-"""The mathematics of diffusion. First DDPM, whole; then its relatives. This file does not know the network.
+"""The mathematics of diffusion: DDPM first, then other samplers. This file does not know the network.
 
 A diffusion model learns to remove noise. The forward process turns an image x0 into noise eps ~ N(0, I), in T
 timesteps: x_t = alpha_t x0 + sigma_t eps. Training shows the network x_t and asks it to predict eps (or x0, or v, see
@@ -41,7 +41,8 @@ TIMESTEP_DISTRIBUTIONS = ("uniform", "logit-normal")
 def linear_schedule(T: int) -> tuple[Tensor, Tensor]:
     """DDPM, section 4: beta rises linearly from 1e-4 to 0.02."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    return from_beta(beta * (1000 / T))  # scaled so that the last timestep is as noisy with any T as with 1000
+    # The factor keeps the noise at T - 1 about the same for any T of 100 or more. Below T = 20 beta would exceed 1.
+    return from_beta(beta * (1000 / T))
 
 
 def cosine_schedule(T: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,7 @@ def flow_schedule(T: int) -> tuple[Tensor, Tensor]:
 
 
 def from_beta(beta: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma), the square roots of alpha_bar and 1 - alpha_bar (DDPM Eq. 4), with beta at most 0.999."""
     alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -217,25 +219,27 @@ def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
 
 
 def guide(
-    model: Callable, y: Tensor, null: int, weight: float | Tensor = 1.0, interval: tuple[float, float] = (0, math.inf)
+    model: Callable, y: Tensor, null: int, scale: float | Tensor = 1.0, interval: tuple[float, float] = (0, math.inf)
 ) -> Callable[..., Tensor]:
     """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
 
-    out = unconditional + weight (conditional - unconditional). Weight 0 ignores the labels, 1 is the plain conditional
-    model, above 1 exaggerates the labels. (The paper's w is our weight - 1.) Outside of interval = (low, high), the
-    weight is 1 (arXiv 2404.07724). t is (B,), or one timestep for all images.
+    out = unconditional + scale * (conditional - unconditional), where scale is the guidance scale: 0 is unconditional,
+    1 is conditional, above 1 extrapolates. (The paper's w is scale - 1.) Outside of interval = (low, high), the scale
+    is 1 (arXiv 2404.07724). t is (B,), or one timestep for all images. With a scale other than 1, the network is
+    called once with a batch of 2B.
     """
     low, high = interval
     nulls = torch.full_like(y, null)
 
     def predict(x_t: Tensor, t: Tensor | int) -> Tensor:
         t = torch.as_tensor(t, device=y.device).expand(len(y))
-        w = torch.where(((low <= t) & (t <= high)).view(-1, 1, 1, 1), weight, 1.0)
-        if (w == 1).all():
+        inside = ((low <= t) & (t <= high)).view(-1, 1, 1, 1)
+        scales = torch.where(inside, scale, 1.0)
+        if (scales == 1).all():
             return model(x_t, t, y).float()
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, nulls])).float()
         conditional, unconditional = both.chunk(2)
-        return unconditional + w * (conditional - unconditional)
+        return unconditional + scales * (conditional - unconditional)
 
     return predict
 
@@ -252,9 +256,10 @@ def clip(x0_hat: Tensor, x_t: Tensor, t: int) -> Tensor:
     return x0_hat.clamp(-1, 1)
 
 
-# A sampler turns noise x (B, C, H, W) at timesteps[0] into images. All samplers have the same arguments:
+# A sampler turns noise x (B, C, H, W) at timesteps[0] into images, with one call of predict for each timestep. All
+# samplers have the same arguments:
 #
-#   predict(x_t, t)             the network's output for the whole batch at one timestep t, see `guide`
+#   predict(x_t, t)             the network's output for the whole batch at one timestep t, an int, see `guide`
 #   timesteps                   decreasing, from T - 1 to 0, see `spaced_timesteps`
 #   noise()                     a fresh N(0, I) tensor like x
 #   constrain(x0_hat, x_t, t)   returns the x0_hat to use: clamped, as by `clip`, or with a part that is known
@@ -290,7 +295,9 @@ def ddim(
 ) -> Tensor:
     """DDIM, arXiv 2010.02502, Eq. 12 and 16: combine x0_hat and eps_hat at the noise level of s.
 
-    With eta = 0 it is deterministic, needs no noise(), and for flow is Euler's method. With eta = 1 it is DDPM.
+    eta, 0 to 1, scales the standard deviation of the noise that each step adds. With 0 the sampler is deterministic,
+    needs no noise(), and for flow is Euler's method (where x0_hat is not clamped). With 1 it is DDPM, with the variance
+    of the posterior.
     """
     alpha, sigma = diffusion.alpha, diffusion.sigma
     for t, s in pairwise([*timesteps, -1]):
@@ -321,10 +328,11 @@ def dpm_solver(
         if s < 0:
             return x0_hat
         h = math.log(alpha[s] / sigma[s]) - math.log(alpha[t] / sigma[t])
-        D = x0_hat  # the paper's D
+        extrapolated = x0_hat  # the paper's D
         if previous_x0_hat is not None:
-            D = x0_hat + h / (2 * previous_h) * (x0_hat - previous_x0_hat)
-        x = sigma[s] / sigma[t] * x - alpha[s] * math.expm1(-h) * D
+            slope = h / (2 * previous_h)
+            extrapolated = x0_hat + slope * (x0_hat - previous_x0_hat)
+        x = sigma[s] / sigma[t] * x - alpha[s] * math.expm1(-h) * extrapolated
         previous_x0_hat, previous_h = x0_hat, h
 
 

@@ -4,15 +4,15 @@
     python distill.py runs/mnist-1
     python distill.py --resume runs/mnist-2
 
-The path of the reverse process from noise to image is curved, and an ordinary network knows only its direction at x_t.
-So it has to go in many small steps. A shortcut model (Frans et al., "One Step Diffusion via Shortcut Models",
-arXiv 2410.12557) also receives the size of the step to take, and predicts the x0_hat that leads to where the path
-really goes. It learns that from itself: one step should arrive where two of half the size do (the paper's Eq. 4). In
-the paper the smallest steps are learned from data in the same training. Here a trained network, the teacher, says where
-they arrive, so that this is a distillation of a teacher into a student.
+The path of the reverse process from noise to image is curved, and a diffusion model predicts only its direction at x_t,
+so a large step has a large error. A shortcut model (Frans et al., "One Step Diffusion via Shortcut Models",
+arXiv 2410.12557) also receives the size of the step, and predicts the x0_hat with which the step ends on the path. It
+learns that from itself: one step should arrive where two of half the size do (the paper's Eq. 4). In the paper the
+smallest steps are learned from data in the same training. Here a trained network, the teacher, says where they arrive,
+so that this is a distillation of a teacher into a student.
 
-A step goes from timestep t to s < t, where s = -1 is the clean image, as in diffusion.py. Its size is t - s, and a
-single step from noise to image has size T.
+A span (t, s) is a sampling step from timestep t to s < t, where s = -1 is the clean image, as in diffusion.py. Its size
+is t - s, and a single step from noise to image has size T.
 
 A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So the
 images that the student samples in one step are also compared with the teacher's as a distribution, see `matching_loss`:
@@ -40,9 +40,9 @@ from sampling import TrainedModel, seeded
 from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, train
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
-LEARNED = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)    # of each 10 images, into how many steps the path is cut
-REGRESSION_WEIGHT = 0.1     # for steps of the whole path, the weight of `shortcut_loss`
-MATCHING_WEIGHT = 0.25      # and that of `matching_loss`
+STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, into how many steps the path is cut
+ONE_STEP_WEIGHT = 0.1       # of `shortcut_loss` for spans of size T; for all others it is 1
+MATCHING_WEIGHT = 0.25      # of `matching_loss`, which is for spans of size T
 MATCHING_GUIDANCE = 0.4     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
 
 
@@ -50,7 +50,7 @@ MATCHING_GUIDANCE = 0.4     # the fraction of the teacher's guidance (its scale 
 
 
 class ShortcutDiT(DiT):
-    """A DiT that also receives the size of the step to take. Its `t` is (B, 2): steps from timestep t to s."""
+    """A DiT that also receives the size t - s of the step to take: what DiT calls t is here spans (t, s), (B, 2)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -60,8 +60,8 @@ class ShortcutDiT(DiT):
         nn.init.zeros_(self.d_embedder.mlp[2].weight)  # at first, all step sizes are alike
         nn.init.zeros_(self.d_embedder.mlp[2].bias)
 
-    def condition(self, steps: Tensor, y: Tensor) -> Tensor:
-        t, s = steps.unbind(1)
+    def condition(self, spans: Tensor, y: Tensor) -> Tensor:
+        t, s = spans.unbind(1)
         return super().condition(t, y) + self.d_embedder(t - s)
 
 
@@ -109,8 +109,8 @@ class ShortcutModel(TrainedModel):
     def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
         y = labels.to(self.device)
 
-        def predict(x_t: Tensor, step: tuple[int, int]) -> Tensor:
-            return self.model(x_t, torch.tensor(step, device=self.device).expand(len(y), 2), y).float()
+        def predict(x_t: Tensor, span: tuple[int, int]) -> Tensor:
+            return self.model(x_t, torch.tensor(span, device=self.device).expand(len(y), 2), y).float()
 
         return predict
 
@@ -121,22 +121,25 @@ class ShortcutModel(TrainedModel):
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def sample_steps(n: int, T: int, generator: torch.Generator | None = None) -> Tensor:
-    """n steps (t, s) for a shortcut model to learn, from timestep t to s < t, as an int64 tensor (n, 2) on the CPU.
+def sample_spans(n: int, T: int, generator: torch.Generator | None = None) -> Tensor:
+    """n spans (t, s) for a shortcut model to learn, as an int64 tensor (n, 2) on the CPU.
 
     Of each 10 in a row, two cross the whole path, one half of it, then a quarter, 1/8 and 1/16 of it, and four 1/32, on
-    which all others are built. Of these others, a fraction of 0.3 begins in pure noise, where few steps have to begin.
+    which all others are built. Each of these others is the first span, from T - 1, with probability 0.3, since sampling
+    in few steps needs that one most. Else it is any of the path's spans of this size.
     """
-    counts = torch.tensor(LEARNED).repeat(n // len(LEARNED) + 1)[:n]
+    counts = torch.tensor(STEP_COUNT_CYCLE).repeat(n // len(STEP_COUNT_CYCLE) + 1)[:n]
     u = torch.rand(2, n, generator=generator, dtype=torch.float64)
-    begins = (u[0] < 0.3) & (counts < STEP_COUNTS[-1])
-    i = torch.where(begins, counts, (u[1] * counts).long() + 1)  # counted from the image: step 1 arrives there
-    return torch.stack([(T * i / counts).round().long() - 1, (T * (i - 1) / counts).round().long() - 1], dim=1)
+    first = (u[0] < 0.3) & (counts < STEP_COUNTS[-1])
+    position = torch.where(first, counts, (u[1] * counts).long() + 1)  # counted from the image: span 1 arrives there
+    t = (T * position / counts).round().long() - 1
+    s = (T * (position - 1) / counts).round().long() - 1
+    return torch.stack([t, s], dim=1)
 
 
-def shortcut_target(diffusion: Diffusion, predict: Callable, x_t: Tensor, y: Tensor, steps: Tensor) -> Tensor:
-    """The x0_hat that leads along steps (B, 2) to where predict(x_t, steps, y) leads in two steps of half the size."""
-    t, s = steps.unbind(1)
+def shortcut_target(diffusion: Diffusion, predict: Callable, x_t: Tensor, y: Tensor, spans: Tensor) -> Tensor:
+    """The x0_hat that leads along spans (B, 2) to where predict(x_t, spans, y) leads in two steps of half the size."""
+    t, s = spans.unbind(1)
     middle = (t + s) // 2
     x = x_t
     for begin, end in ((t, middle), (middle, s)):
@@ -146,16 +149,16 @@ def shortcut_target(diffusion: Diffusion, predict: Callable, x_t: Tensor, y: Ten
 
 
 def shortcut_loss(
-    diffusion: Diffusion, student: Callable, ema: Callable, teacher: Callable, x0: Tensor, y: Tensor, steps: Tensor,
+    diffusion: Diffusion, student: Callable, ema: Callable, teacher: Callable, x0: Tensor, y: Tensor, spans: Tensor,
     eps: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each image, (B,): the error of the x0_hat for a step, against that of two steps of half the size.
+    """The loss of each image, (B,): the error of the x0_hat for a span, against that of two spans of half the size.
 
     The halves are taken by the student's moving average, which is steadier than the student. Those of the smallest size
     are the teacher's. If it is guided, its guidance is learned with the rest, so that the student needs none.
 
-    student, ema, teacher: the student, its average, and the teacher, each (x_t, steps, y) -> output
-    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, steps: (B, 2) as by `sample_steps`, eps: noise like x0
+    student, ema, teacher: the student, its average, and the teacher, each (x_t, spans, y) -> output
+    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, spans: (B, 2) as by `sample_spans`, eps: noise like x0
 
     Returns the student's x0_hat (B, C, H, W) as well.
 
@@ -164,41 +167,42 @@ def shortcut_loss(
     times sigma. The loss is its square over sigma, a compromise: the square of the first neglects small t, and that of
     the second large ones.
     """
-    t, s = steps.unbind(1)
+    t, s = spans.unbind(1)
     x_t = diffusion.q_sample(x0, t, eps)
     with torch.no_grad():
         target = torch.empty_like(x0)
         smallest = t - s < 1.5 * diffusion.T / STEP_COUNTS[-1]
         for predict, mask in ((teacher, smallest), (ema, ~smallest)):
             if mask.any():
-                target[mask] = shortcut_target(diffusion, predict, x_t[mask], y[mask], steps[mask])
-    x0_hat = diffusion.predict_x0(student(x_t, steps, y).float(), x_t, t)
+                target[mask] = shortcut_target(diffusion, predict, x_t[mask], y[mask], spans[mask])
+    x0_hat = diffusion.predict_x0(student(x_t, spans, y).float(), x_t, t)
     return (x0_hat - target).square().flatten(1).mean(1) / diffusion.tables["sigma"][t], x0_hat
 
 
 def matching_loss(
-    diffusion: Diffusion, teacher: Callable, fake: Callable, x: Tensor, y: Tensor, t: Tensor, eps: Tensor
+    diffusion: Diffusion, teacher: Callable, fake: Callable, sample: Tensor, y: Tensor, t: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The losses, each (B,), of images that a student sampled, and of the network `fake`, which learns from them.
 
     teacher, fake: networks (x_t, t, y) -> output, of which the second begins as a copy of the first
-    x: (B, C, H, W), sampled by the student for labels y (B,), t: (B,) timesteps, eps: noise like x
+    sample: (B, C, H, W), sampled by the student for labels y (B,), t: (B,) timesteps, eps: noise like sample
 
-    The prediction of a network points, at every x_t, to where images like those of its training are more frequent. For
-    the teacher those are real images; for `fake`, which is trained in the same steps, the student's. The difference of
-    the two points from where the student samples too often to where it samples too rarely (DMD, Eq. 7 and 8). It is
-    divided by the distance of the teacher's x0_hat from x. The teacher may be guided, but less than for sampling: there
-    guidance acts on one path, here on all of the student's images, step after step, so that the student would forget
-    all but the most typical images.
+    The score of a distribution follows from the x0_hat of a network that was trained on it. The teacher gives the score
+    of real images; `fake`, which is trained in the same steps, that of the student's samples. The gradient of the loss,
+    (fake_x0 - teacher_x0) / mean |sample - teacher_x0|, is that of the KL divergence between the two (DMD, Eq. 7 and 8,
+    without the factor alpha_t, as in the code of DMD2). The teacher may be guided, with a smaller scale than for
+    sampling: there guidance acts on one path, here on all samples, step after step, and a large scale reduces their
+    diversity.
     """
-    x_t = diffusion.q_sample(x.detach(), t, eps)
+    x_t = diffusion.q_sample(sample.detach(), t, eps)
     fake_x0 = diffusion.predict_x0(fake(x_t, t, y).float(), x_t, t)
-    fake_loss = (fake_x0 - x.detach()).square().flatten(1).mean(1) / diffusion.tables["sigma"][t].clamp(min=0.05) ** 2
+    error = (fake_x0 - sample.detach()).square().flatten(1).mean(1)
+    fake_loss = error / diffusion.tables["sigma"][t].clamp(min=0.05) ** 2
     with torch.no_grad():
         teacher_x0 = diffusion.predict_x0(teacher(x_t, t, y).float(), x_t, t)
-        scale = (x - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-3).view(-1, 1, 1, 1)
-        target = x - (fake_x0 - teacher_x0) / scale
-    return 0.5 * (x - target).square().flatten(1).mean(1), fake_loss
+        distance = (sample - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-3).view(-1, 1, 1, 1)
+        target = sample - (fake_x0 - teacher_x0) / distance
+    return 0.5 * (sample - target).square().flatten(1).mean(1), fake_loss
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -216,7 +220,8 @@ class DistillTrainer(Trainer):
     def make_networks(self) -> None:
         teacher = self.teacher.model
         self.diffusion, self.label_dropout = self.teacher.diffusion, 0.0
-        self.guidance = dict(guidance=1.0, guidance_interval=None)
+        self.sampling_guidance = dict(guidance=1.0, guidance_interval=None)
+        self.teacher_guidance = guidance_settings(self.args.guidance, self.diffusion.T)
         self.model = ShortcutDiT(self.config).to(self.device)
         self.model.load_state_dict(teacher.state_dict(), strict=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -226,51 +231,50 @@ class DistillTrainer(Trainer):
         self.fake_optimizers = make_optimizers(self.fake, self.args)
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
 
-    def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self.fake.zero_grad()
-        loss, norm = super().step(number, x0, y)  # its backward pass reaches `fake`, too
+        loss, norm = super().step(step_index, x0, y)  # its backward pass reaches `fake`, too
         nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
-        take_step(self.fake_optimizers, learning_rate(number, self.args))
+        take_step(self.fake_optimizers, learning_rate(step_index, self.args))
         return loss, norm
 
-    def randomness(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is random in a step: t (B, 3), the steps (t, s) to learn and the timesteps of `matching_loss`; u (B,);
-        eps (B, 2, C, S, S), the noise for each of the two losses.
+    def randomness(self, step_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is random in a step: times (B, 3), the spans (t, s) to learn and the timesteps of `matching_loss`;
+        u (B,); eps (B, 2, C, S, S), the noise for each of the two losses.
         """
-        n, generator = self.args.batch_size, seeded(self.args.seed, FIRST_INDEX + number)
+        n, generator = self.args.batch_size, seeded(self.args.seed, FIRST_INDEX + step_index)
         matching_t = sample_timesteps(n, self.diffusion.T, "logit-normal", generator)
-        t = torch.cat([sample_steps(n, self.diffusion.T, generator), matching_t[:, None]], dim=1)
+        times = torch.cat([sample_spans(n, self.diffusion.T, generator), matching_t[:, None]], dim=1)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
-            generator = seeded(self.args.seed, FIRST_INDEX + number, self.device)
-        return t, u, torch.randn(n, 2, *self.shape, generator=generator, device=self.device)
+            generator = seeded(self.args.seed, FIRST_INDEX + step_index, self.device)
+        return times, u, torch.randn(n, 2, *self.shape, generator=generator, device=self.device)
 
-    def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, x0: Tensor, y: Tensor, times: Tensor, eps: Tensor) -> Tensor:
         """`shortcut_loss`, and for the images that are sampled in one step `matching_loss`."""
-        steps, matching_t = t[:, :2], t[:, 2]
-        one_step = steps[:, 0] - steps[:, 1] == self.diffusion.T
+        spans, matching_t = times[:, :2], times[:, 2]
+        one_step = spans[:, 0] - spans[:, 1] == self.diffusion.T
         self.ddp_fake.require_backward_grad_sync = self.ddp_model.require_backward_grad_sync
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             loss, x0_hat = shortcut_loss(
-                self.diffusion, self.ddp_model, self.ema, self.teacher_step, x0, y, steps, eps[:, 0]
+                self.diffusion, self.ddp_model, self.ema, self.teach_spans, x0, y, spans, eps[:, 0]
             )
             matching, fake_loss = matching_loss(
                 self.diffusion, partial(self.teach, fraction=MATCHING_GUIDANCE), self.ddp_fake,
                 x0_hat[one_step], y[one_step], matching_t[one_step], eps[one_step, 1],
             )
-        loss = torch.where(one_step, REGRESSION_WEIGHT * loss, loss)
+        loss = torch.where(one_step, ONE_STEP_WEIGHT * loss, loss)
         return loss.mean() + (MATCHING_WEIGHT * matching + fake_loss).sum() / len(x0)
 
     def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
         """The teacher's prediction, with a fraction of its guidance."""
-        guidance = guidance_settings(self.args.guidance, self.diffusion.T)
-        weight = 1 + fraction * (guidance["guidance"] - 1)
-        interval = guidance["guidance_interval"] or (0, self.diffusion.T)
-        return guide(self.teacher.model, y, self.config.num_classes, weight, interval)(x_t, t)
+        scale = 1 + fraction * (self.teacher_guidance["guidance"] - 1)
+        interval = self.teacher_guidance["guidance_interval"] or (0, self.diffusion.T)
+        return guide(self.teacher.model, y, self.config.num_classes, scale, interval)(x_t, t)
 
-    def teacher_step(self, x_t: Tensor, steps: Tensor, y: Tensor) -> Tensor:
-        """The same for steps (B, 2): the teacher does not know their size, since its own steps are small."""
-        return self.teach(x_t, steps[:, 0], y)
+    def teach_spans(self, x_t: Tensor, spans: Tensor, y: Tensor) -> Tensor:
+        """The same for spans (B, 2), whose size the teacher does not know, since its own steps are small."""
+        return self.teach(x_t, spans[:, 0], y)
 
     def state(self) -> dict:
         """Includes the teacher, whose file may be gone when the run is resumed."""
@@ -287,7 +291,7 @@ class DistillTrainer(Trainer):
     def trained_model(self) -> ShortcutModel:
         eager = ShortcutDiT(self.config).to(self.device)  # for batches of samples, faster than compiling self.ema again
         eager.load_state_dict(self.ema.state_dict())
-        return ShortcutModel(eager, self.diffusion, self.guidance)
+        return ShortcutModel(eager, self.diffusion, self.sampling_guidance)
 
 
 def build_parser() -> Parser:

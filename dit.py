@@ -32,7 +32,7 @@ SIZES = {
 MODELS = {
     f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, (width, depth, heads) in SIZES.items()
-    for patch in ((2, 4, 7, 8, 14) if name in "NUT" else (2, 4, 8))
+    for patch in ((2, 4, 7, 8, 14) if name in ("N", "U", "T") else (2, 4, 8))
 }
 
 
@@ -40,9 +40,10 @@ MODELS = {
 class DiTConfig:
     """The shape of a DiT, for example `DiTConfig(**MODELS["DiT-S/2"], image_size=32, in_channels=4)`.
 
-    image_size:  height and width in pixels; images are square, and this is a multiple of patch_size
+    image_size:  height and width in pixels; images are square, and this is a multiple of patch_size, P
     in_channels: C, the channels of an image
     hidden_size: D, the width of a token; a multiple of num_heads and of 4
+    depth:       the number of blocks; num_heads: the attention heads of each
     mlp_ratio:   the width inside the MLP, divided by D
     num_classes: 0 for an unconditional model; the null class ("no label") gets the index num_classes
     learn_sigma: predict 2C channels; the second half sets the variance of a reverse step (variance.py)
@@ -66,7 +67,7 @@ class DiTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}: use 0 for an unconditional model")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
+        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}: it must leave the MLP at least one unit")
         if self.image_size % self.patch_size:
             divisors = [p for p in range(1, min(self.image_size, 4096) + 1) if self.image_size % p == 0]
@@ -104,7 +105,7 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 
 def sincos(position: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Sines and cosines, each (M, dim/2), of M positions (M,) at frequencies that fall from 1 almost to 1/10000
-    (arXiv 1706.03762, section 3.5). The fast ones tell neighbours apart, the slow ones far from near.
+    (arXiv 1706.03762, section 3.5). High frequencies separate adjacent positions, low ones distant positions.
     """
     exponent = torch.arange(dim // 2, dtype=position.dtype, device=position.device) / (dim // 2)
     frequency = torch.exp(-math.log(10000) * exponent)
@@ -132,15 +133,16 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,), integer or fractional, in [0, T) -> (B, D). The frequencies suit a T of about 1000."""
+    """Timesteps (B,), integer or fractional, in [0, T] -> (B, D). The frequencies suit a T of about 1000."""
 
-    def __init__(self, hidden_size: int, frequencies: int = 256):
+    width = 256  # 128 sines and 128 cosines, as in the official code
+
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(self.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        sin, cos = sincos(t.float(), self.frequencies)
+        sin, cos = sincos(t.float(), self.width)
         return self.mlp(torch.cat([cos, sin], dim=1).to(self.mlp[0].weight.dtype))
 
 

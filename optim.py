@@ -21,7 +21,8 @@ COEFFICIENTS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """About U V^T for each matrix G = U S V^T, a singular value decomposition. All have the same shorter side, n.
+    """About U V^T for each matrix G = U S V^T, a singular value decomposition. All have the same shorter side, n. The
+    results have the shapes of the matrices.
 
     The Newton-Schulz iteration is X <- (a I + b A + c A^2) X with A = X X^T. It keeps U and V, and moves each singular
     value x to a x + b x^3 + c x^5. X is always P G, where P is a polynomial of the first A. So it is enough to iterate
@@ -29,11 +30,11 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     """
     wide = [G.mT if G.size(0) > G.size(1) else G for G in matrices]
     A = torch.stack([G @ G.mT for G in wide])
-    largest = torch.linalg.matrix_norm(A, keepdim=True).clamp(min=1e-14)  # no singular value's square is above this
-    A, P = A / largest, 1 / largest.sqrt()
+    bound = torch.linalg.matrix_norm(A, keepdim=True).clamp(min=1e-14)  # no squared singular value of G is above this
+    A, P = A / bound, 1 / bound.sqrt()
     for step, (a, b, c) in enumerate(COEFFICIENTS):
         Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        Q.diagonal(dim1=1, dim2=2).add_(a)
+        Q.diagonal(dim1=1, dim2=2).add_(a)  # Q = a I + b A + c A^2
         P = Q @ P if step else Q * P  # because P begins as a number times I
         if step < len(COEFFICIENTS) - 1:
             A = Q @ A @ Q
@@ -44,11 +45,10 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, for 2-D parameters.
 
     lr: learning rate, on the scale of AdamW's, because an update has the root mean square 0.2 lr
-    weight_decay: decoupled, as in AdamW
     """
 
-    def __init__(self, params, lr: float = 5e-3, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr: float = 5e-3, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -66,7 +66,6 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = orthogonalize(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(p.shape) ** 0.5 for p in params])
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates)
 
 
@@ -99,7 +98,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Move the parameters against their gradients."""
+    """Set the learning rate of each group of parameters, and take a step of each optimizer."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr

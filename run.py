@@ -185,7 +185,8 @@ class Run:
         """
         self.state = {}
         self.description = checkpoint.describe(
-            trainer.network, trainer.config, trainer.diffusion, data.classes, data.source, self.step, **trainer.guidance
+            trainer.network, trainer.config, trainer.diffusion, data.classes, data.source, self.step,
+            **trainer.sampling_guidance,
         )
         if RANK == 0:
             self.folder = self.folder or new_folder(Path(self.args.dataset).resolve().name)

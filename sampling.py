@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
 from dit import DiT
 from speed import autocast
-from variance import guidance_weight
+from variance import guidance_scales
 
 
 def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -38,7 +38,7 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch
 class TrainedModel:
     """A trained network, the diffusion process it was trained under, and the settings that suit it.
 
-    description: see checkpoint.describe; only guidance and guidance_interval are needed for sampling
+    description: see checkpoint.describe; sampling needs only its guidance and guidance_interval
     is_image:    whether it makes images. Otherwise it makes latents, which a separate decoder (a VAE) turns into
                  images; they cannot be shown as they are, and are not limited to [-1, 1].
     settings:    arguments of `sample_batch`
@@ -120,11 +120,11 @@ class TrainedModel:
     def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
         """predict(x_t, t) for labels (n,), as the samplers call it."""
         config = self.model.config
-        weight = guidance if config.num_classes else 1.0
+        scale = guidance if config.num_classes else 1.0
         if config.learn_sigma:
-            weight = guidance_weight(weight, config.in_channels, self.device)
+            scale = guidance_scales(scale, config.in_channels, self.device)
         interval = guidance_interval or (0, math.inf)
-        return guide(self.model, labels.to(self.device), config.num_classes, weight, interval)
+        return guide(self.model, labels.to(self.device), config.num_classes, scale, interval)
 
     def timesteps(self, sampler: str, steps: int) -> list[int]:
         """The timesteps at which this sampler calls the network."""

@@ -1,7 +1,7 @@
 """What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks.
 
-The scripts set OMP_WAIT_POLICY=PASSIVE before they load PyTorch. By default, threads that have nothing to do spin, and
-take the cores from those that have: beside another busy program, two threads on two cores would be many times slower.
+The scripts set OMP_WAIT_POLICY=PASSIVE before they load PyTorch. By default, idle threads of OpenMP busy-wait: beside
+another program that uses the CPU, two threads on two cores would then be many times slower.
 """
 
 import logging

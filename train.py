@@ -100,11 +100,11 @@ class Trainer:
         self.compiled = args.compile and compile_blocks(self.blocks, self.dry_run)
 
     def make_networks(self) -> None:
-        """The process, the network, the moving average of its weights (used for sampling), the optimizers."""
+        """The diffusion process, the network, the average of its weights (used for sampling), the optimizers."""
         args = self.args
-        process = LearnedVariance if self.config.learn_sigma else Diffusion
-        self.diffusion = process(args.schedule, args.prediction, TIMESTEPS, self.device, args.min_snr)
-        self.guidance, self.label_dropout = guidance_settings(args.guidance, TIMESTEPS), args.label_dropout
+        diffusion_class = LearnedVariance if self.config.learn_sigma else Diffusion
+        self.diffusion = diffusion_class(args.schedule, args.prediction, TIMESTEPS, self.device, args.min_snr)
+        self.sampling_guidance, self.label_dropout = guidance_settings(args.guidance, TIMESTEPS), args.label_dropout
         self.model = self.network(self.config).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model, args)
@@ -118,37 +118,37 @@ class Trainer:
         with fast_attention(self.device, self.args.precision):
             self.loss(x0, y, t, eps).backward()
 
-    def step(self, number: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
 
-        number: of the step, from 0 on
-        x0, y:  this process's part of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
+        step_index: 0 for the first step
+        x0, y:      this process's part of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
         """
         args, n = self.args, self.micro_batch_size
-        t, u, eps = (local_part(values, self.device) for values in self.randomness(number))
+        t, u, eps = (local_part(values, self.device) for values in self.randomness(step_index))
         y = drop_labels(y, self.config.num_classes, self.label_dropout, u)        # for guidance
         self.model.zero_grad()
         total = 0.0
         for i in range(args.grad_accum_steps):
             micro = slice(i * n, (i + 1) * n)
             self.ddp_model.require_backward_grad_sync = i == args.grad_accum_steps - 1
-            with fast_attention(self.device, args.precision):
+            with fast_attention(self.device, args.precision):  # backward too, for --gradient-checkpointing
                 loss = self.loss(x0[micro], y[micro], t[micro], eps[micro]) / args.grad_accum_steps
                 loss.backward()
             total = total + loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        take_step(self.optimizers, learning_rate(number, args))
-        update_ema(self.ema, self.model, number, args.ema_decay)
+        take_step(self.optimizers, learning_rate(step_index, args))
+        update_ema(self.ema, self.model, step_index, args.ema_decay)
         return total, norm
 
-    def randomness(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def randomness(self, step_index: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is random in a step: timesteps t (B,), uniform u (B,) for label dropout, noise eps (B, C, S, S)."""
         args, n = self.args, self.args.batch_size
-        generator = seeded(args.seed, FIRST_INDEX + number)
+        generator = seeded(args.seed, FIRST_INDEX + step_index)
         t = sample_timesteps(n, self.diffusion.T, args.timestep_distribution, generator, args.timestep_mean)
         u = torch.rand(n, generator=generator)
-        if self.device.type != "cpu":  # the noise is large, and made where it is used
-            generator = seeded(args.seed, FIRST_INDEX + number, self.device)
+        if self.device.type != "cpu":  # the noise is large, so it is sampled on the device
+            generator = seeded(args.seed, FIRST_INDEX + step_index, self.device)
         return t, u, torch.randn(n, *self.shape, generator=generator, device=self.device)
 
     def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -157,20 +157,20 @@ class Trainer:
             return self.diffusion.training_loss(self.ddp_model, x0, y, t, eps).mean()
 
     def state(self) -> dict:
-        """Everything that training has changed, for `load`. Random numbers need not be kept, see above."""
+        """All weights and optimizer states. Random numbers need not be kept, since they follow from the step."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
 
     def load(self, state: dict) -> None:
-        """Continue where `state` was taken. Raises some exception where it does not fit."""
+        """Resume from a checkpoint, `state` with what run.py adds. Raises some exception where it does not fit."""
         if (state["config"], state["diffusion"]) != (asdict(self.config), self.diffusion.config):
-            raise ValueError("it describes another network or process")
+            raise ValueError("it describes another network or diffusion process")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         load_optimizers(self.optimizers, state["optimizers"], state["step"])
 
     def trained_model(self) -> TrainedModel:
-        return TrainedModel(self.ema, self.diffusion, self.guidance)
+        return TrainedModel(self.ema, self.diffusion, self.sampling_guidance)
 
 
 def train(trainer: Trainer, run: Run, data: Images) -> None:

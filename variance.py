@@ -39,13 +39,14 @@ class LearnedVariance(Diffusion):
     def training_loss(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The hybrid loss L_simple + lambda L_vlb of each image, (B,): iDDPM Eq. 16.
 
-        L_vlb is a sum over T timesteps. With lambda = 1 / T, one random timestep stands for the sum. (The paper's
-        lambda of 0.001 belongs to T = 1000.)
+        L_vlb is a sum over T timesteps, estimated as T times the term of one random timestep. With lambda = 1 / T the
+        two factors cancel. (iDDPM's lambda is 0.001 for any T, which is the same for T = 1000.)
         """
         x_t = self.q_sample(x0, t, eps)
         out, v = model(x_t, t, y).float().chunk(2, dim=1)
-        simple = super().training_loss(lambda *_: out, x0, y, t, eps)
-        x0_hat = super().predict_x0(out.detach(), x_t, t)  # detached, so that L_vlb trains only the variance
+        error = out - self.target(x0, t, eps)
+        simple = error.square().flatten(1).mean(1) / self.tables["loss_divisor"][t]
+        x0_hat = self.predict_x0(out.detach(), x_t, t)  # detached, so that L_vlb trains only the variance
         return simple + self.variational_bound(x0, x0_hat, self.log_variance(v, t), t)
 
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
@@ -70,9 +71,9 @@ class LearnedVariance(Diffusion):
         return torch.where(at_zero, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
-def guidance_weight(weight: float, channels: int, device: torch.device | str = "cpu") -> Tensor:
-    """For diffusion.guide, a weight (1, 2C, 1, 1) that leaves the variance channels conditional, without guidance."""
-    return torch.tensor([weight] * channels + [1.0] * channels, device=device).view(1, -1, 1, 1)
+def guidance_scales(scale: float, channels: int, device: torch.device | str = "cpu") -> Tensor:
+    """For diffusion.guide, scales (1, 2C, 1, 1) that leave the variance channels conditional, without guidance."""
+    return torch.tensor([scale] * channels + [1.0] * channels, device=device).view(1, -1, 1, 1)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -414,14 +414,14 @@ def label_model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tens
 def test_guidance_moves_away_from_the_null_class():
     x, y = gaussian(0), torch.tensor([0, 1, 2, 3])
     for weight in (0.0, 1.0, 3.0):
-        out = guide(label_model, y, null=10, weight=weight)(x, 500)
+        out = guide(label_model, y, null=10, scale=weight)(x, 500)
         expected = (10 + weight * (y - 10)).float().view(4, 1, 1, 1).expand(4, 3, 4, 4)
         torch.testing.assert_close(out, expected)
 
 
 def test_guidance_acts_in_its_interval_only():
     y = torch.tensor([3])
-    predict = guide(label_model, y, null=10, weight=2.0, interval=(100, 200))
+    predict = guide(label_model, y, null=10, scale=2.0, interval=(100, 200))
     x = gaussian(0, n=1)
     at = {t: predict(x, t)[0, 0, 0, 0].item() for t in (99, 100, 200, 201)}
     assert at == {99: 3, 100: -4, 200: -4, 201: 3}

@@ -22,7 +22,7 @@ from distill import (
     invert_ddim_step,
     main,
     matching_loss,
-    sample_steps,
+    sample_spans,
     shortcut,
     shortcut_loss,
     shortcut_timesteps,
@@ -68,7 +68,7 @@ def test_a_step_can_be_inverted_and_is_that_of_ddim(schedule):
 
 def test_steps_to_learn_are_those_that_the_sampler_takes():
     paths = {n: [*pairwise([*shortcut_timesteps(T, n), -1])] for n in STEP_COUNTS}
-    sampled = [tuple(step) for step in sample_steps(10_000, T, torch.Generator().manual_seed(0)).tolist()]
+    sampled = [tuple(step) for step in sample_spans(10_000, T, torch.Generator().manual_seed(0)).tolist()]
     assert set(sampled) == {step for path in paths.values() for step in path}
     for i, n in enumerate([1, 1, 2, 4, 8, 16, 32, 32, 32, 32]):
         assert set(sampled[i::10]) == set(paths[n])
@@ -97,7 +97,7 @@ def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
             now = ddim_step(d, now, half, a[None], b[None])
         return invert_ddim_step(d, x, now, t[None], s[None])
 
-    steps, eps = sample_steps(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
+    steps, eps = sample_spans(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
     x0 = 0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1]
     loss, x0_hat = shortcut_loss(d, model, model, teacher, x0, y, steps, eps)
     assert loss.max() < 1e-5
@@ -121,7 +121,7 @@ def halves() -> list[int]:
 @every_schedule
 def test_the_loss_of_a_shortcut_model_is_finite_for_every_step(schedule):
     student, teacher = network(ShortcutDiT), network()
-    diffusion, steps = Diffusion(schedule, "x0", T), sample_steps(64, T, torch.Generator().manual_seed(0))
+    diffusion, steps = Diffusion(schedule, "x0", T), sample_spans(64, T, torch.Generator().manual_seed(0))
     for level in (-1.0, 1.0):
         arguments = torch.full((64, 1, 8, 8), level), torch.arange(64) % 3, steps, torch.randn(64, 1, 8, 8)
         loss, _ = shortcut_loss(diffusion, student, student, lambda x, steps, y: teacher(x, steps[:, 0], y), *arguments)
@@ -238,7 +238,7 @@ def test_steps_are_learned_from_the_guided_teacher_and_the_distribution_from_one
     def guided(weights):
         return unconditional + torch.tensor(weights).view(3, 1, 1, 1) * (conditional - unconditional)
 
-    torch.testing.assert_close(trainer.teacher_step(x, torch.stack([t, t - 31], 1), y), guided([1.0, 3.0, 3.0]))
+    torch.testing.assert_close(trainer.teach_spans(x, torch.stack([t, t - 31], 1), y), guided([1.0, 3.0, 3.0]))
     torch.testing.assert_close(trainer.teach(x, t, y, fraction=0.4), guided([1.0, 1.8, 1.8]))
 
 
@@ -251,7 +251,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(
     expected = []
     for i in range(20):
         n, d = slice(i, i + 1), trainer.diffusion
-        loss, x = shortcut_loss(d, trainer.model, trainer.ema, trainer.teacher_step, x0[n], y[n], t[n, :2], eps[n, 0])
+        loss, x = shortcut_loss(d, trainer.model, trainer.ema, trainer.teach_spans, x0[n], y[n], t[n, :2], eps[n, 0])
         if i % 10 < 2:
             matching, fake = matching_loss(
                 d, lambda x, t, y: trainer.teach(x, t, y, 0.4), trainer.fake, x, y[n], t[n, 2], eps[n, 1]

@@ -51,8 +51,8 @@ def test_muon_agrees_with_that_of_torch(monkeypatch):
     start = [torch.randn(24, 64), torch.randn(24, 64), torch.randn(64, 24)]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(4)]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    options = dict(lr=0.1, momentum=0.95, weight_decay=0.1)
-    scale = dict(adjust_lr_fn="match_rms_adamw", ns_coefficients=newton_schulz, ns_steps=40)
+    options = dict(lr=0.1, momentum=0.95)
+    scale = dict(weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_coefficients=newton_schulz, ns_steps=40)
     pair = (Muon(ours, **options), torch.optim.Muon(theirs, **scale, **options))
     for step in gradients:
         for params, optimizer in zip((ours, theirs), pair, strict=True):

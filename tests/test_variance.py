@@ -11,7 +11,7 @@ from diffusion import ddpm, guide
 from sampling import constrained
 from test_diffusion import T, gaussian, images
 from test_numerics import network
-from variance import LearnedVariance, discretized_log_likelihood, guidance_weight
+from variance import LearnedVariance, discretized_log_likelihood, guidance_scales
 
 
 def test_learned_variance_loss_equals_an_independent_computation():
@@ -95,7 +95,7 @@ def test_the_variance_is_not_guided():
         return torch.cat([label, 10 * label], dim=1)
 
     for weight in (0.0, 1.0, 3.0):
-        out = guide(model, y, null=10, weight=guidance_weight(weight, 3))(x, 500)
+        out = guide(model, y, null=10, scale=guidance_scales(weight, 3))(x, 500)
         expected = (10 + weight * (y - 10)).float().view(4, 1, 1, 1).expand(4, 3, 4, 4)
         torch.testing.assert_close(out[:, :3], expected)
         torch.testing.assert_close(out[:, 3:], 10.0 * y.view(4, 1, 1, 1).expand(4, 3, 4, 4))
