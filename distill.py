@@ -316,6 +316,8 @@ def load_teacher(run: Run) -> TrainedModel:
     if teacher.diffusion.prediction == "eps" or teacher.model.config.learn_sigma:
         # A predicted eps says nothing of x0 where there is only noise.
         raise UsageError("distill.py needs a network that predicts x0 or v, without --learn-sigma: train one like that")
+    if not teacher.is_image:
+        raise UsageError("distill.py needs a network of images, not of latents, since it clamps them")
     if 2 * STEP_COUNTS[-1] > teacher.diffusion.T:
         raise UsageError(f"distill.py needs a network of {2 * STEP_COUNTS[-1]} timesteps or more")
     return teacher

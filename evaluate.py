@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import time
-import zipfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
@@ -59,11 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
     """(images (N, 1, 28, 28), uint8, labels (N,) or None) of a file, N of them at random. Raises UsageError."""
     try:
-        with zipfile.ZipFile(path) as archive:  # a few bytes of it can hold endless zeros
-            if sum(entry.file_size for entry in archive.infolist()) > dataset.MEMORY_LIMIT:
-                raise ValueError("it does not fit in memory")
-        with np.load(path) as file:
-            images, labels = np.asarray(file["arr_0"]), file.get("labels", file.get("arr_1"))
+        arrays = dataset.read_npz(path)
+        images, labels = arrays["arr_0"], arrays.get("labels", arrays.get("arr_1"))
         n, shape = images.shape[0], images.shape[1:]
     except Exception as error:  # a broken file can provoke any
         reason = " ".join(str(error).split())[:100]

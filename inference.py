@@ -44,6 +44,7 @@ from cli import (
     run_script,
 )
 from distill import STEP_COUNTS, ShortcutDiT, ShortcutModel
+from latents import Autoencoder
 from run import RUNS
 from sampling import TrainedModel, crossfade, grid, image_noise, slerp, to_uint8
 
@@ -62,6 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags for weights and sampler, which evaluate.py has, too. `open_model` reads them."""
     flag = parser.add_argument_group("weights").add_argument
     flag("--checkpoint", type=Path, help="a file, or the folder of a run (default: the newest run, else bundled)")
+    flag("--vae", help="for latents, the autoencoder that decodes them, a folder or name, see latents.py")
     flag("--model", help="for official DiT weights, the model that they are of, such as DiT-XL/2")
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="the same seed gives the same images (default: 0)")
@@ -125,6 +127,11 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
     )
     if args.guidance:
         trained.settings |= guidance_settings(args.guidance, T)
+    if args.vae:
+        if trained.is_image:
+            raise UsageError(f"{args.checkpoint} makes images, and --vae is for latents: leave it out")
+        trained.autoencoder = Autoencoder(args.vae, trained.device)
+        trained.autoencoder.decode(torch.zeros(1, *trained.shape))  # raises UsageError where it does not fit
     return trained
 
 
@@ -201,19 +208,21 @@ def parse_labels(words: list[str] | None, classes: list[str]) -> list[int]:
 def save_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor) -> Path:
     """Write the .npz that --npz asks for. Latents, which have no picture, become an .npz in any case.
 
-    The images are uint8 (n, S, S, C), or latents float32 (n, C, S, S). With --npz the processes of torchrun share the
-    work, and process 0 writes. Returns the path.
+    The images are uint8 (n, S, S, C), or latents float32 (n, C, S, S) where no --vae decodes them. With --npz the
+    processes of torchrun share the work, and process 0 writes. Returns the path.
     """
     path = output_path(args.npz or args.output, "latents.npz")
-    world = WORLD if args.npz else 1
-    size = len(labels) * math.prod(trained.shape) * (1 if trained.is_image else 4)
+    world, decoded = WORLD if args.npz else 1, trained.is_image or args.vae
+    pixels = 3 * trained.autoencoder.factor**2 * trained.shape[1] ** 2 if args.vae else math.prod(trained.shape)
+    size = len(labels) * pixels * (1 if decoded else 4)
     if shutil.disk_usage(path.parent).free < size:  # before hours of work, and not after
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     bounds = [len(labels) * rank // world for rank in range(world + 1)]
     mine = range(bounds[RANK], bounds[RANK + 1])
     images = trained.sample(labels[mine], args.batch_size, mine, show_progress=RANK == 0) if mine else None
-    if trained.is_image and mine:
-        images = to_uint8(images).permute(0, 2, 3, 1)
+    if decoded and mine:
+        parts = [to_uint8(trained.to_images(part)) for part in images.split(args.batch_size)]
+        images = torch.cat(parts).permute(0, 2, 3, 1)
     if world > 1:
         gathered = [None] * world if RANK == 0 else None
         dist.init_process_group("gloo")
@@ -274,7 +283,7 @@ def save_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
         one, other = (trained.predictor(torch.full_like(y, n), **guidance) for n in (label, next_label))
         predict = crossfade(one, other, fractions.to(trained.device))
         images.append(trained.sample_batch(y, start=start, predict=predict, **trained.settings).cpu())
-    images = torch.cat(images)
+    images = trained.to_images(torch.cat(images))
     if args.gif:
         save_gif(path, images[:, None], 1, [60] * len(images))
     else:
@@ -290,7 +299,7 @@ def save_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor
         images = torch.cat(rows)
     else:
         images = trained.sample(labels, args.batch_size)
-    save_grid(path, images, columns)
+    save_grid(path, trained.to_images(images), columns)
     return path
 
 
@@ -307,7 +316,7 @@ def save_trajectory(args: argparse.Namespace, trained: TrainedModel, labels: Ten
             noisy[t].append(x_t.cpu())
 
     images = trained.sample(labels, args.batch_size, callback=callback)
-    frames = torch.stack([torch.cat(x_t) for x_t in noisy.values()] + [images])
+    frames = torch.stack([trained.to_images(x) for x in (*map(torch.cat, noisy.values()), images)])
     if args.gif:
         save_gif(path, frames, columns, [80] * len(noisy) + [2000])  # with a rest on the result
     else:
@@ -323,8 +332,8 @@ def generate(args: argparse.Namespace) -> Path:
     trained = open_model(args)
     classes = trained.description["classes"]
     picture = args.trajectory or args.gif or args.compare_guidance or args.interpolate or args.inpaint
-    if not trained.is_image and picture:
-        raise UsageError("this model makes latents, not pictures: use --npz, or only --labels")
+    if not trained.is_image and (args.inpaint or picture and not args.vae):
+        raise UsageError("this model makes latents, not pictures: use --vae, --npz, or only --labels (no --inpaint)")
     if args.interpolate:
         return save_interpolation(args, trained, parse_labels(args.interpolate, classes))
     if args.inpaint:
@@ -333,7 +342,7 @@ def generate(args: argparse.Namespace) -> Path:
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     if args.npz:
         labels = torch.arange(args.count or 10_000) % max(len(classes), 1)
-    if args.npz or not trained.is_image:
+    if args.npz or not (trained.is_image or args.vae):
         return save_arrays(args, trained, labels)
     columns = len(labels) if per_class == 1 else per_class
     save = save_trajectory if args.trajectory or args.gif else save_picture

@@ -40,6 +40,7 @@ import checkpoint
 import dataset
 from cli import LOCAL_RANK, NOT_SETTINGS, RANK, WORLD, Parser, UsageError, WorkError, number
 from dit import DiT
+from latents import Autoencoder
 from optim import learning_rate
 from sampling import grid
 
@@ -50,6 +51,7 @@ TRAINING_TIME = 0.85    # the fraction of a run's time that its steps take; the 
 # What a resumed run may do otherwise than it began. All other settings stay as they were.
 MAY_CHANGE = {
     "steps", "minutes", "save_every", "dataset", "data_dir", "device", "compile", "gradient_checkpointing", "guidance",
+    "vae",
 }
 
 
@@ -57,7 +59,8 @@ def add_run_flags(parser: Parser) -> None:
     """The flags for the data and the run, of every command that trains."""
     flag = parser.group("data")
     flag("--dataset", None, f"{', '.join(dataset.DATASETS)}, mnist-5000 (5,000 digits that need no network), or a "
-         "folder of images (default: mnist; where it cannot be had, mnist-5000)")
+         "folder of images (default: mnist; where it cannot be had, mnist-5000); or latents, see latents.py")
+    flag("--vae", None, "for latents, the autoencoder that decodes samples, a folder or name (default: none)")
     flag("--data-dir", "data", "where data sets are, or are downloaded to")
     flag = parser.group("run")
     flag("--run-dir", None, "folder of a new run (default: the next free runs/DATASET-N)", type=Path)
@@ -166,6 +169,10 @@ class Run:
             found = f"this run began with {self.state['data']}, and here are {data.source}"
             raise UsageError(f"{found}, with other images, labels or classes: give it the data that it began with")
         args.dataset = args.dataset or data.name
+        self.autoencoder = Autoencoder(args.vae, self.device) if args.vae and RANK == 0 else None
+        if self.autoencoder and self.autoencoder.channels != data.pixels.shape[1]:
+            raise UsageError(f"--vae has latents of {self.autoencoder.channels} channels, and these are {data.source}, "
+                             f"of {data.pixels.shape[1]}: leave it out, or use that with which they were encoded")
         return data
 
     def batches(self, data: dataset.Images) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,7 +196,7 @@ class Run:
             **trainer.sampling_guidance,
         )
         if RANK == 0:
-            self.folder = self.folder or new_folder(Path(self.args.dataset).resolve().name)
+            self.folder = self.folder or new_folder(Path(self.args.dataset).resolve().name.removesuffix(".npz"))
             (self.folder / "samples").mkdir(parents=True, exist_ok=not self.is_new)  # only one new run has this folder
             for partial in self.folder.rglob("*.partial"):
                 partial.unlink()
@@ -345,7 +352,8 @@ class Run:
         if RANK == 0:
             trained = trainer.trained_model()
             labels = (torch.arange(10) % max(trained.model.config.num_classes, 1)).repeat_interleave(10)
-            picture = grid(trained.sample(labels, trainer.micro_batch_size), columns=10)
+            trained.autoencoder = self.autoencoder
+            picture = grid(trained.to_images(trained.sample(labels, trainer.micro_batch_size)), columns=10)
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
             gc.collect()  # a figure refers to itself, and left to itself its memory would be freed late

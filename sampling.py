@@ -41,6 +41,7 @@ class TrainedModel:
     description: see checkpoint.describe; sampling needs only its guidance and guidance_interval
     is_image:    whether it makes images. Otherwise it makes latents, which a separate decoder (a VAE) turns into
                  images; they cannot be shown as they are, and are not limited to [-1, 1].
+    autoencoder: a latents.Autoencoder that decodes latents, if one was given
     settings:    arguments of `sample_batch`
     """
 
@@ -53,6 +54,7 @@ class TrainedModel:
         self.shape = (config.in_channels, config.image_size, config.image_size)
         self.device = model.pos_embed.device
         self.is_image = config.in_channels in (1, 3)
+        self.autoencoder = None
         sampler, steps = next(iter(self.default_steps.items()))
         self.settings = dict(
             sampler=sampler, steps=min(steps, diffusion.T), clip=self.is_image,
@@ -116,6 +118,12 @@ class TrainedModel:
         if not images.isfinite().all():
             raise FloatingPointError("the samples are not finite: lower --guidance, or use other weights")
         return images
+
+    def to_images(self, samples: Tensor) -> Tensor:
+        """Samples (n, C, S, S) as images in [-1, 1]. Latents are decoded, or else show their first three channels."""
+        if self.autoencoder:
+            return self.autoencoder.decode(samples)
+        return samples if self.is_image else (samples[:, :3] / 3).clamp(-1, 1)  # latents are about N(0, 1)
 
     def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
         """predict(x_t, t) for labels (n,), as the samplers call it."""
