@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
 from dataset import DataError, Images
 from dit import MODELS, DiTConfig
-from speed import best_precision, limit_threads
+from speed import best_precision, threads
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -274,7 +274,7 @@ def pick_device(name: str | None) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32: much faster products, with 10 bits of mantissa
         torch.cuda.set_device(LOCAL_RANK)
     if name == "cpu":
-        limit_threads()
+        threads.adapt(seconds=0.2)
     return torch.device(name)
 
 

@@ -20,12 +20,9 @@ Yin et al., "One-step Diffusion with Distribution Matching Distillation" (DMD), 
 """
 
 import copy
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
 
 import torch
 from torch import Tensor, nn

@@ -11,11 +11,8 @@ needed, because assets/ holds the features of real images. tools/sweep.py measur
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
 
 import numpy as np
 import torch

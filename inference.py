@@ -19,8 +19,6 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
-
 import numpy as np
 import torch
 import torch.distributed as dist

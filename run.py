@@ -43,6 +43,7 @@ from dit import DiT
 from latents import Autoencoder
 from optim import learning_rate
 from sampling import grid
+from speed import threads
 
 RUNS = Path("runs")
 LOG_EVERY = 10          # steps between two reads of the loss, because each read waits for the GPU
@@ -258,6 +259,8 @@ class Run:
         self.pending.append((loss, norm, learning_rate(self.step, self.args)))
         self.step += 1
         self.bar.update()
+        if self.device.type == "cpu":
+            threads.adapt()
         planned = False
         if self.step % LOG_EVERY == 0:
             self.write_log()

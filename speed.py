@@ -1,11 +1,10 @@
 """What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks.
-
-The scripts set OMP_WAIT_POLICY=PASSIVE before they load PyTorch. By default, idle threads of OpenMP busy-wait: beside
-another program that uses the CPU, two threads on two cores would then be many times slower.
 """
 
 import logging
 import math
+import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -90,8 +89,39 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def limit_threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> None:
-    """Use no more threads than a container may use cores: PyTorch sees all cores of the machine."""
-    with suppress(OSError, ValueError):  # no container, or no limit ("max")
-        quota, period = map(int, Path(quota_file).read_text().split())
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))
+class Threads:
+    """Keeps PyTorch to as many threads as there are cores that other programs leave free, where Linux tells that.
+
+    PyTorch's threads busy-wait for each other, many times in a training step. Where one of them gets no core, all of
+    them wait: beside a busy program, two threads on two cores are many times slower than one. The number of threads
+    changes no result.
+
+    cpu_max, stat: the files in which Linux tells how many cores a container may use, and how busy all cores are
+    """
+
+    def __init__(self, cpu_max: str = "/sys/fs/cgroup/cpu.max", stat: str = "/proc/stat"):
+        self.most, self.stat = torch.get_num_threads(), Path(stat)
+        with suppress(OSError, ValueError):  # no container, or no limit ("max")
+            quota, period = map(int, Path(cpu_max).read_text().split())
+            self.most = min(self.most, max(1, quota // period))
+        self.last = self.cpu_seconds()
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """The time now, and the seconds that all cores were busy with other programs so far."""
+        with suppress(OSError):
+            user, nice, system, _, _, irq, soft_irq, *_ = map(int, self.stat.read_text().split("\n")[0].split()[1:])
+            ticks = user + nice + system + irq + soft_irq
+            return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+        return time.perf_counter(), 0.0
+
+    def adapt(self, seconds: float = 1.0) -> None:
+        """Set the number of threads by what other programs did since the last time, if that is so many seconds ago."""
+        now, others = self.cpu_seconds()
+        then, others_then = self.last
+        if now - then >= seconds:
+            free = os.cpu_count() - (others - others_then) / (now - then)
+            torch.set_num_threads(max(1, min(self.most, round(free))))
+            self.last = now, others
+
+
+threads = Threads()

@@ -1,6 +1,7 @@
 """Train a DiT.
 
     python train.py                                          MNIST, with what suits this machine
+    python train.py --dataset cifar10 --steps 50000
     python train.py --resume runs/mnist-1
     torchrun --nproc-per-node=4 train.py                     the same, on four GPUs
 
@@ -10,10 +11,7 @@ checkpoints.
 
 import argparse
 import copy
-import os
 from dataclasses import asdict
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded, see speed.py
 
 import torch
 from torch import Tensor, nn

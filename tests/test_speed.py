@@ -1,6 +1,10 @@
 """Claims about what makes a network fast: none of it changes what the network computes."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch.nn.functional as F
 
 import speed
 import train
-from conftest import TINY, assert_equal_states
+from conftest import ROOT, TINY, assert_equal_states, run_script
 from dit import DiT, DiTConfig
 from speed import CompiledGELU, checkpoint_blocks, compile_blocks
 from test_dit import SMALL, inputs, randomized
@@ -119,13 +123,94 @@ def test_too_little_memory_is_no_fault_of_the_compiler():
         compile_blocks(list(DiT(DiTConfig(**SMALL)).blocks), fail)
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
-def test_a_container_with_few_cores_gets_few_threads(tmp_path, quota, threads):
+@pytest.fixture
+def four_threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("quota", "most"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
+def test_a_container_with_few_cores_gets_few_threads(four_threads, monkeypatch, tmp_path, quota, most):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     (tmp_path / "cpu.max").write_text(quota)
+    speed.Threads(str(tmp_path / "cpu.max"), str(tmp_path / "no stat")).adapt(0)
+    assert torch.get_num_threads() == most
+
+
+def test_other_programs_leave_fewer_threads(four_threads, monkeypatch, tmp_path):
+    now, own, stat = [100.0], [7.0], tmp_path / "stat"
+
+    def after(seconds, others, ours):  # 100 ticks are a second
+        now[0], own[0] = now[0] + seconds, own[0] + ours
+        busy[0] += 100 * (others + ours)
+        stat.write_text(f"cpu  {busy[0]:.0f} 10 20 {busy[0] * 3:.0f} 5 1 2 0 0 0\ncpu0 1 2 3\n")
+        threads.adapt()
+        return torch.get_num_threads()
+
+    busy = [50_000]
+    stat.write_text("cpu  50000 10 20 150000 5 1 2 0 0 0\ncpu0 1 2 3\n")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed.time, "process_time", lambda: own[0])
+    threads = speed.Threads("no quota", str(stat))
+    assert after(2, others=0.2, ours=7.8) == 4
+    assert after(2, others=2, ours=6) == 3      # one core is busy with something else
+    assert after(2, others=12, ours=1) == 1     # more than there are
+    assert after(0.5, others=0, ours=2) == 1    # too soon to tell
+    assert after(2, others=0, ours=2) == 4
+
+
+def test_a_training_takes_the_same_steps_with_any_number_of_threads(four_threads):
+    config, (x0, _, y) = DiTConfig(**SMALL), inputs(DiTConfig(**SMALL), 8)
+    states = []
+    for plan in ([1] * 4, [4] * 4, [2, 1, 4, 1]):
+        args, device = train.build_parser().settings([*TINY, "--steps", "5", "--guidance", "1"])
+        trainer = train.Trainer(config, args, device)
+        for step, number in enumerate(plan):
+            torch.set_num_threads(number)
+            trainer.step(step, x0, y)
+        states.append(trainer.state())
+    assert_equal_states(states[1], states[0])
+    assert_equal_states(states[2], states[0])
+
+
+BESIDE = """
+import sys, time
+import speed, torch, train
+from cli import default_guidance
+from dit import DiTConfig
+
+args, device = train.build_parser().settings(["--model", "DiT-N/7", "--steps", "10000", "--no-compile"])
+args.guidance = default_guidance(args)
+trainer = train.Trainer(DiTConfig(), args, device)
+x0, y = torch.zeros(128, 1, 28, 28), torch.zeros(128, dtype=torch.long)
+
+def steps(seconds):
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        trainer.step(count, x0, y)
+        count += 1
+        if sys.argv[1] == "adapt":
+            speed.threads.adapt()
+    return count / seconds
+
+steps(4)
+print(steps(8))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells what other programs do")
+def test_beside_a_busy_process_training_is_nearly_as_fast_as_with_one_thread():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() - 1)]
     try:
-        torch.set_num_threads(4)
-        speed.limit_threads(str(tmp_path / "cpu.max"))
-        assert torch.get_num_threads() == threads
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        one = run_script("-c", BESIDE, "one", cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"})
+        ours = run_script("-c", BESIDE, "adapt", cwd=ROOT, env=environment)
     finally:
-        torch.set_num_threads(before)
+        for process in busy:
+            process.kill()
+    assert float(ours.stdout) > 0.6 * float(one.stdout), (ours, one)
