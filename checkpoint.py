@@ -11,7 +11,7 @@ A file may come from a stranger, or from a disk that fails. These mechanisms mak
 
     torch.load(weights_only=True) and safetensors    hold tensors and plain types; no code is run
     checksums                                        find each bit that has changed since the file was written
-    `check_pickle`, `check_header`                   a short file does not become much in memory
+    `check_pickle`, MAX_HEADER                       a short file does not become much in memory
     `check`                                          compares the description with the weights before a network is built
 """
 
@@ -97,12 +97,9 @@ def check(state: dict, network: type[DiT] = DiT) -> None:
     The sizes of the largest weights are compared before a network is built, which could need all memory. Its others are
     not much larger than these in sum, and are compared when it is there, by strict loading.
     """
-    missing = sorted(TYPES.keys() - state.keys())
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
     for name, kind in TYPES.items():
-        if not isinstance(state[name], kind):
-            raise TypeError(f"its {name} is of another type")
+        if name not in state or not isinstance(state[name], kind):
+            raise TypeError(f"its {name} is missing, or of another type")
     if state["network"] != network.__name__:
         raise ValueError(f"it holds a {state['network'][:40]}, not a {network.__name__}")
     if any(type(state["config"][field.name]) is not field.type for field in fields(DiTConfig)):
@@ -201,16 +198,11 @@ def checksum(description: str, weights: dict) -> str:
     return digest.hexdigest()
 
 
-def check_header(path: Path) -> None:
-    """Raise ValueError unless the header of a safetensors file, all that is not numbers, is as short as those are."""
+def read_safetensors(path: Path) -> dict:
+    """The description and weights of a safetensors file, or only its weights. Raises ValueError where it is damaged."""
     with open(path, "rb") as file:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER:
             raise ValueError("its header is too long")
-
-
-def read_safetensors(path: Path) -> dict:
-    """The description and weights of a safetensors file, or only its weights. Raises ValueError where it is damaged."""
-    check_header(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -327,6 +319,5 @@ def build(
         model.load_state_dict(state["ema"])
         process = LearnedVariance if model.config.learn_sigma else Diffusion
         diffusion = process(**state["diffusion"], device=device)
-    names = ("config", "classes", "data", "step", "guidance", "guidance_interval")
-    description = {name: state[name] for name in ("format", "network", "diffusion", *names)}
+    description = {name: state[name] for name in ("format", *TYPES) if name != "ema"}
     return model.to(device).eval(), diffusion, description

@@ -69,24 +69,18 @@ class Output:
         with suppress(AttributeError, OSError):
             self.stream.reconfigure(errors="replace")  # for names that the terminal cannot show
 
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            return self.stream.write(text)
-        self.discard()
-        return len(text)
+    def write(self, text: str) -> int | None:
+        return self.attempt("write", text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.discard()
+        self.attempt("flush")
 
-    def discard(self) -> None:
-        """Send what is still buffered, and all that follows, nowhere."""
+    def attempt(self, method: str, *arguments: str) -> int | None:
+        """Call a method of the stream. Where it fails, what is still buffered, and all that follows, goes nowhere."""
         with suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())
-            os.close(null)
+            return getattr(self.stream, method)(*arguments)
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.stream.fileno())
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -223,24 +217,17 @@ class Parser(argparse.ArgumentParser):
         if settings.keys() != actions.keys():
             raise ValueError("they have other names")
         for name, action in actions.items():
-            values = [settings[name]]
-            if action.nargs == "+" and settings[name] is not None:
-                values = settings[name]
-                if type(values) is not list:
-                    raise TypeError(f"{name} is not a list")
+            values = settings[name] if action.nargs == "+" and settings[name] is not None else [settings[name]]
+            if type(values) is not list:
+                raise TypeError(f"{name} is not a list")
             for value in values:
                 if value is None:
                     fits = action.default is None or name in ("steps", "minutes")
                 elif isinstance(action, argparse.BooleanOptionalAction):
                     fits = type(value) is bool
-                elif type(value) not in (int, float, str):
-                    fits = False
-                elif action.choices is not None:
-                    fits = value in action.choices
-                elif action.type is not None:
-                    fits = action.type(str(value)) == value
                 else:
-                    fits = type(value) is str
+                    known = type(value) in (int, float, str) and (action.choices is None or value in action.choices)
+                    fits = known and (action.type or str)(str(value)) == value
                 if not fits:
                     raise ValueError(f"{name} cannot be like this")
         if settings["steps"] is None and settings["minutes"] is None:

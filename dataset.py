@@ -224,15 +224,12 @@ def from_folder(root: Path, size: int) -> Images:
     skipped. Raises DataError.
     """
     classes = class_folders(root)
-    files = [(path, label) for label, name in enumerate(classes) for path in image_files(root / name, "**/*")]
-    if not classes:
-        files = [(path, 0) for path in image_files(root, "*")]
-    if not classes and not files:
-        raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): name another folder")
+    pattern = "**/*" if classes else "*"
+    files = [(path, label) for label, name in enumerate(classes or [""]) for path in image_files(root / name, pattern)]
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    for label, name in enumerate(classes):
+    for label, name in enumerate(classes or [""]):
         if label not in labels:
-            raise DataError(f"the class folder {root / name} holds no images: remove it, or put images in")
+            raise DataError(f"{root / name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): put some in")
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF tags
         pixels = read_files(files, f"{len(files):,} images of {root.resolve().name}", size)
     names = tuple(unicodedata.normalize("NFC", name) for name in classes)  # macOS writes é as e and an accent
@@ -244,12 +241,9 @@ def read_files(files: list[tuple[Path, int]], source: str, size: int) -> Tensor:
     mode = "L" if all(is_grey(path) for path, _ in files) else "RGB"
     check_memory(source, len(files), len(mode), size)
 
-    def read(file: tuple[Path, int]) -> Tensor:
-        image = ImageOps.fit(read_image(file[0]).convert(mode), (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
-
+    read, paths = partial(read_image, mode=mode, size=size), [path for path, _ in files]
     # Threads are enough, since decoding releases Python's lock.
-    return torch.stack(thread_map(read, files, desc=f"reading {source}", unit="image", leave=False, disable=None))
+    return torch.stack(thread_map(read, paths, desc=f"reading {source}", unit="image", leave=False, disable=None))
 
 
 def class_folders(root: Path) -> list[str]:
@@ -292,10 +286,12 @@ def is_grey(path: Path) -> bool:
         return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file as it should be seen: upright, 8 bits, on white where it is transparent. Raises DataError.
+def read_image(path: Path, mode: str, size: int) -> Tensor:
+    """An image file as it should be seen, uint8 (C, size, size): upright, 8 bits, on white where it is transparent,
+    resized on the shorter side and cropped at the centre.
 
-    16 bits are scaled to 8. Pixels of 32 bits are refused, since nothing says which of their values is white.
+    mode: L for grey, RGB for colour. 16 bits are scaled to 8; 32 bits are refused, since nothing says which of
+    their values is white. Raises DataError.
     """
     with opened(path) as image:
         if image.mode in ("I", "F"):
@@ -308,7 +304,9 @@ def read_image(path: Path) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB").convert(mode)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -117,19 +117,17 @@ def evaluate(args: argparse.Namespace) -> Path:
     if picture.exists():
         raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
     reference, against = Reference(), args.against.replace("-", "_")
-    mnist = {}
+    trained = None if args.npz else open_digits_model(args)
+    if "bits" in args.also and trained.diffusion.config["schedule"] == "flow":  # never with --npz, see parse_args
+        raise UsageError("the bound of flow is useless: --also bits is for the schedules linear and cosine")
+    if args.also:  # before sampling, in case it is missing
+        mnist = {train: dataset.load("mnist", args.data_dir, train=train, download=False) for train in (True, False)}
     if args.npz:
         about = dict(images=str(args.npz))
         images, labels = read_npz(args.npz, args.count)
     else:
-        trained = open_digits_model(args)
-        if "bits" in args.also and trained.diffusion.config["schedule"] == "flow":
-            raise UsageError("the bound of flow is useless: --also bits is for the schedules linear and cosine")
         about = dict(checkpoint=str(args.checkpoint), **trained.settings)
         labels = labels_as_in(reference.tensors[f"labels.{against}"], args.count or MAX_COUNT)
-    if args.also:  # before sampling, in case it is missing
-        mnist = {train: dataset.load("mnist", args.data_dir, train=train, download=False) for train in (True, False)}
-    if not args.npz:
         images, about["seconds"] = sample_digits(trained, labels, args.batch_size)
     table = measure(images, labels, reference, against)
     if "memorization" in args.also:
@@ -148,9 +146,5 @@ def evaluate(args: argparse.Namespace) -> Path:
     return args.output
 
 
-def main() -> None:
-    print(evaluate(parse_args()))
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: print(evaluate(parse_args())))

@@ -22,36 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import dataset
-from cli import (
-    BUNDLED_WEIGHTS,
-    DISTILLED_WEIGHTS,
-    RANK,
-    WORLD,
-    Parser,
-    UsageError,
-    guidance_settings,
-    number,
-    output_path,
-    pick_device,
-    run_script,
-)
+from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, RANK, WORLD, Parser, UsageError, number, output_path, run_script
 from distill import STEP_COUNTS, ShortcutDiT, ShortcutModel
 from latents import Autoencoder
 from run import RUNS
 from sampling import TrainedModel, crossfade, grid, image_noise, slerp, to_uint8
 
 DEFAULT_STEPS = {**TrainedModel.default_steps, **ShortcutModel.default_steps}
-# The slices of rows and columns that make a half of an image of S pixels a side.
-HALVES = {
-    "left": lambda S: (slice(None), slice(S // 2)), "right": lambda S: (slice(None), slice(S // 2, S)),
-    "top": lambda S: (slice(S // 2),), "bottom": lambda S: (slice(S // 2, S),),
-}
+HALVES = ("left", "right", "top", "bottom")
 
 
 # ------------------------------------------------------------------------------------------------ weights and settings
@@ -96,8 +80,7 @@ def find_checkpoint(sampler: str | None = None) -> Path:
 def load_model(path: Path, device: torch.device | str = "cpu", model: str | None = None) -> TrainedModel:
     """The model of a checkpoint. model: the name of official weights. Raises CheckpointError."""
     state = checkpoint.load(path, model)
-    distilled = state.get("network") == ShortcutDiT.__name__
-    if distilled:
+    if state.get("network") == ShortcutDiT.__name__:
         return ShortcutModel(*checkpoint.build(state, device, ShortcutDiT))
     return TrainedModel(*checkpoint.build(state, device))
 
@@ -105,7 +88,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", model: str | None
 def open_model(args: argparse.Namespace) -> TrainedModel:
     """The weights and the settings that the flags of `add_model_flags` ask for. Raises UsageError, CheckpointError."""
     args.checkpoint = args.checkpoint or find_checkpoint(args.sampler)
-    trained = load_model(args.checkpoint, pick_device(args.device), args.model)
+    trained = load_model(args.checkpoint, cli.pick_device(args.device), args.model)
     T, distilled = trained.diffusion.T, isinstance(trained, ShortcutModel)
     args.sampler = args.sampler or trained.settings["sampler"]
     if args.sampler not in trained.samplers:
@@ -124,7 +107,7 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
         seed=args.seed, sampler=args.sampler, steps=steps, eta=args.eta, precision=args.precision
     )
     if args.guidance:
-        trained.settings |= guidance_settings(args.guidance, T)
+        trained.settings |= cli.guidance_settings(args.guidance, T)
     if args.vae:
         if trained.is_image:
             raise UsageError(f"{args.checkpoint} makes images, and --vae is for latents: leave it out")
@@ -215,8 +198,7 @@ def save_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
     size = len(labels) * pixels * (1 if decoded else 4)
     if shutil.disk_usage(path.parent).free < size:  # before hours of work, and not after
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    bounds = [len(labels) * rank // world for rank in range(world + 1)]
-    mine = range(bounds[RANK], bounds[RANK + 1])
+    mine = range(len(labels) * RANK // world, len(labels) * (RANK + 1) // world)  # this process's part
     images = trained.sample(labels[mine], args.batch_size, mine, show_progress=RANK == 0) if mine else None
     if decoded and mine:
         parts = [to_uint8(trained.to_images(part)) for part in images.split(args.batch_size)]
@@ -236,12 +218,10 @@ def save_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
 def read_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Tensor]:
     """A file's image, and a mask that is True in the half to keep: `inpaint` of TrainedModel. Raises DataError."""
     C, S, _ = trained.shape
-    image = dataset.read_image(Path(path)).convert("L" if C == 1 else "RGB")
-    pixels = torch.from_numpy(np.array(ImageOps.fit(image, (S, S), Image.Resampling.BILINEAR)))
-    mask = torch.zeros(1, 1, S, S, dtype=torch.bool)
-    mask[:, :, *HALVES[half](S)] = True
-    image = dataset.to_float(pixels.view(1, S, S, C).permute(0, 3, 1, 2))
-    return image.to(trained.device), mask.to(trained.device)
+    image = dataset.to_float(dataset.read_image(Path(path), "L" if C == 1 else "RGB", S))[None]
+    first = torch.arange(S) < S // 2
+    masks = {"left": first, "right": ~first, "top": first[:, None], "bottom": ~first[:, None]}
+    return image.to(trained.device), masks[half].expand(1, 1, S, S).to(trained.device)
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -289,18 +269,6 @@ def save_interpolation(args: argparse.Namespace, trained: TrainedModel, labels: 
     return path
 
 
-def save_picture(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
-    """Write a grid with an image for each label, or with a row for each guidance scale. Returns its path."""
-    path = output_path(args.output, "guidance.png" if args.compare_guidance else "grid.png")
-    if args.compare_guidance:
-        rows = [trained.sample(labels, args.batch_size, guidance=weight) for weight in args.compare_guidance]
-        images = torch.cat(rows)
-    else:
-        images = trained.sample(labels, args.batch_size)
-    save_grid(path, trained.to_images(images), columns)
-    return path
-
-
 def save_trajectory(args: argparse.Namespace, trained: TrainedModel, labels: Tensor, columns: int) -> Path:
     """Write x_t at some timesteps of the reverse process, and the images that it ends with: a row for each label, or
     with --gif an animation. Returns its path.
@@ -343,8 +311,13 @@ def generate(args: argparse.Namespace) -> Path:
     if args.npz or not (trained.is_image or args.vae):
         return save_arrays(args, trained, labels)
     columns = len(labels) if per_class == 1 else per_class
-    save = save_trajectory if args.trajectory or args.gif else save_picture
-    return save(args, trained, labels, columns)
+    if args.trajectory or args.gif:
+        return save_trajectory(args, trained, labels, columns)
+    path = output_path(args.output, "guidance.png" if args.compare_guidance else "grid.png")
+    scales = args.compare_guidance or [trained.settings["guidance"]]
+    images = torch.cat([trained.sample(labels, args.batch_size, guidance=scale) for scale in scales])
+    save_grid(path, trained.to_images(images), columns)
+    return path
 
 
 def main() -> None:

@@ -345,9 +345,8 @@ class Run:
                 self.diverged("weights", self.step)
         if RANK == 0:
             settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SETTINGS}
-            about = {**self.description, "step": self.step, "script": self.script, "args": settings}
-            about["fingerprint"] = self.fingerprint
-            checkpoint.save(self.folder / "checkpoint.pt", {**about, **state})
+            about = dict(self.description, step=self.step, script=self.script, fingerprint=self.fingerprint)
+            checkpoint.save(self.folder / "checkpoint.pt", {**about, "args": settings, **state})
         self.saved_at, self.is_new = self.step, False
 
     def save_samples(self, trainer: object) -> None:
@@ -411,12 +410,8 @@ def new_folder(name: str) -> Path:
 def progress_bar(steps: int | None, step: int) -> tqdm:
     """A progress bar; where the output is no terminal, a line a minute."""
     terminal = sys.stderr.isatty()
-    seconds = 0.1 if terminal else 60
-    shape = None if terminal else "{l_bar}{bar:20}{r_bar}\n"
-    return tqdm(
-        total=steps, initial=step, unit="step", dynamic_ncols=terminal, disable=RANK > 0, mininterval=seconds,
-        maxinterval=seconds, bar_format=shape,
-    )
+    rarely = {} if terminal else dict(mininterval=60, maxinterval=60, bar_format="{l_bar}{bar:20}{r_bar}\n")
+    return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=terminal, disable=RANK > 0, **rarely)
 
 
 def tensorboard_writer(folder: Path, step: int) -> object | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -41,8 +40,7 @@ def parse_args(argv: list[str] | None = None):
 
 def read_images(paths: list[Path], size: int) -> torch.Tensor:
     """Images (n, 3, size, size) in [-1, 1]. Raises DataError."""
-    images = [ImageOps.fit(read_image(path).convert("RGB"), (size, size), Image.Resampling.BICUBIC) for path in paths]
-    return to_float(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    return to_float(torch.stack([read_image(path, "RGB", size) for path in paths]))
 
 
 def write_npz(path: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray, classes: list[str]) -> None:
