@@ -1,5 +1,6 @@
 """What the experiments share: train a network to a number of steps, and measure its samples there."""
 
+import json
 import statistics
 import sys
 import time
@@ -17,6 +18,23 @@ from cli import default_guidance  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
+
+
+class Store:
+    """The measured numbers of an experiment, rows of a JSON file. What is in it already is not trained again."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, json.loads(path.read_text()) if path.exists() else []
+
+    def find(self, **what) -> dict | None:
+        """The row with these values, if there is one."""
+        return next((row for row in self.rows if what.items() <= row.items()), None)
+
+    def save(self, *rows: dict) -> None:
+        """Add these rows, and write the file."""
+        self.rows += rows
+        content = json.dumps(self.rows, indent=1).encode()
+        checkpoint.write_whole(self.path, lambda file: file.write(content))
 
 
 def train_to(folder: Path, network: type[DiT], flags: list[str], steps: int) -> dict:

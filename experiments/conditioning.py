@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
 from torch import Tensor, nn
 
 import checkpoint
@@ -162,28 +162,24 @@ COLOURS = dict(zip(NETWORKS, ("#8A8A8A", "#009E73", "#D55E00", "#0072B2"), stric
 # ------------------------------------------------------------------------------------------------------ the experiment
 
 
-def run_one(name: str, objective: str, seed: int, args, reference: Reference) -> list[dict]:
-    """The numbers of one network after each of args.steps."""
+def run_one(name: str, objective: str, seed: int, args, store: Store, reference: Reference) -> None:
+    """Train one network, and measure it after each of args.steps."""
     folder = args.runs / f"{name}, {objective}, seed {seed}"
     flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--lr-schedule", "constant", "--seed", str(seed)]
     flags += args.flags
-    rows = []
     for steps in args.steps:
-        result = folder / f"measured-{steps}-{args.count}.json"
+        what = dict(conditioning=name, objective=objective, seed=seed, steps=steps)
+        if store.find(**what):
+            continue
         state = train_to(folder, NETWORKS[name], [*flags, *OBJECTIVES[objective]], steps)
-        if not result.exists():
-            trained = trained_model(state, NETWORKS[name])
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-100:]
-            row = dict(
-                conditioning=name, objective=objective, seed=seed, steps=steps,
-                loss=sum(entry["loss"] for entry in log) / len(log),
-                parameters=sum(p.numel() for p in trained.model.parameters()),
-                gflops=gflops(NETWORKS[name], trained.model.config),
-                hardware=hardware(), **measure_samples(trained, reference, args.count, state["args"]["precision"]),
-            )
-            result.write_text(json.dumps(row))
-        rows.append(json.loads(result.read_text()))
-    return rows
+        trained = trained_model(state, NETWORKS[name])
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-100:]
+        store.save(dict(
+            **what, loss=sum(entry["loss"] for entry in log) / len(log),
+            parameters=sum(p.numel() for p in trained.model.parameters()),
+            gflops=gflops(NETWORKS[name], trained.model.config), hardware=hardware(), images=args.count,
+            **measure_samples(trained, reference, args.count, state["args"]["precision"]),
+        ))
 
 
 def plot(rows: list[dict], steps: list[int], path: Path) -> None:
@@ -240,21 +236,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.flags = ["--no-compile"] if args.quick else []
     args.steps, args.count, seeds = ([4, 8], 20, [0]) if args.quick else ([500, 1000, 2000], 2000, [0, 1])
-    reference, rows = Reference(), []
+    reference, store = Reference(), Store((args.output or Path(__file__).parent) / "conditioning.json")
     for seed in seeds:
         for objective in OBJECTIVES:
             for name in NETWORKS:
-                rows += run_one(name, objective, seed, args, reference)
-                print(f"{name}, {objective}, seed {seed}: rho {rows[-1]['rho']:.2f}", flush=True)
+                run_one(name, objective, seed, args, store, reference)
     config = DiTConfig(**MODELS["DiT-N/7"])
     networks = {name: (network, config) for name, network in NETWORKS.items()}
     seconds = seconds_a_step(networks, args.flags, 1 if args.quick else 5)
-    for row in rows:
+    for row in store.rows:
         row["seconds_a_step"] = seconds[row["conditioning"]]
-    content = json.dumps(rows, indent=1).encode()
-    checkpoint.write_whole((args.output or Path(__file__).parent) / "conditioning.json", lambda f: f.write(content))
-    plot(rows, args.steps, (args.output or ASSETS) / "conditioning.png")
-    print(table(rows, args.steps))
+    store.save()
+    plot(store.rows, args.steps, (args.output or ASSETS) / "conditioning.png")
+    print(table(store.rows, args.steps))
 
 
 if __name__ == "__main__":

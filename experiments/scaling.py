@@ -8,12 +8,13 @@ images, with a constant learning rate, so that each point of a curve is the end 
 finds that sample quality follows the GFLOPs of a forward pass, however they are spent. No guidance.
 """
 
-import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
-from common import gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from PIL import Image
 
 import checkpoint
 from cli import ASSETS, Parser, run_script
@@ -26,26 +27,26 @@ PATCHES = {14: "s", 7: "o", 4: "^"}                        # and their markers
 BATCH_SIZE = 128
 
 
-def run_one(size: str, patch: int, args, reference: Reference) -> tuple[list[dict], torch.Tensor]:
-    """The numbers of one network after each of args.steps, and ten of its samples, the same noise for all networks."""
+def run_one(size: str, patch: int, args, store: Store, reference: Reference) -> None:
+    """Train one network, measure it after each of args.steps, and sample ten digits, of the same noise as all others.
+    """
     model = f"DiT-{size}/{patch}"
-    folder, rows = args.runs / f"{size}{patch}", []
+    folder, picture = args.runs / f"{size}{patch}", store.path.parent / f"scaling-{size}{patch}.png"
     flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--lr-schedule", "constant", "--model", model]
     flags += ["--batch-size", str(BATCH_SIZE), "--lr", "4e-3", *args.flags]
     for steps in args.steps:
-        result = folder / f"measured-{steps}-{args.count}.json"
+        what = dict(model=model, size=size, patch=patch, steps=steps)
+        if store.find(**what):
+            continue
         state = train_to(folder, DiT, flags, steps)
         trained = trained_model(state, DiT)
-        if not result.exists():
-            row = dict(
-                model=model, size=size, patch=patch, steps=steps, hardware=hardware(),
-                parameters=sum(p.numel() for p in trained.model.parameters()),
-                gflops=gflops(DiT, trained.model.config),
-                **measure_samples(trained, reference, args.count, state["args"]["precision"]),
-            )
-            result.write_text(json.dumps(row))
-        rows.append(json.loads(result.read_text()))
-    return rows, trained.sample(torch.arange(10), 10, guidance=1.0, guidance_interval=None)
+        samples = grid(trained.sample(torch.arange(10), 10, guidance=1.0, guidance_interval=None), columns=10)
+        checkpoint.write_whole(picture, lambda file, samples=samples: samples.save(file, "PNG"))
+        store.save(dict(
+            **what, hardware=hardware(), images=args.count,
+            parameters=sum(p.numel() for p in trained.model.parameters()), gflops=gflops(DiT, trained.model.config),
+            **measure_samples(trained, reference, args.count, state["args"]["precision"]),
+        ))
 
 
 def correlation(x: list[float], y: list[float]) -> float:
@@ -109,22 +110,20 @@ def main(argv: list[str] | None = None) -> None:
     args.steps, args.count = ([2, 4], 20) if args.quick else ([250, 500, 1000], 2000)
     sizes = list(SIZES)[:2] if args.quick else list(SIZES)
     patches = list(PATCHES)[:2] if args.quick else list(PATCHES)
-    reference, rows, samples = Reference(), [], []
+    reference, store = Reference(), Store((args.output or Path(__file__).parent) / "scaling.json")
     for size in sizes:
         for patch in patches:
-            numbers, images = run_one(size, patch, args, reference)
-            rows, samples = rows + numbers, [*samples, images]
-            print(f"{size}/{patch}: rho {numbers[-1]['rho']:.2f}", flush=True)
+            run_one(size, patch, args, store, reference)
     configs = {f"DiT-{s}/{p}": (DiT, DiTConfig(**MODELS[f"DiT-{s}/{p}"])) for s in sizes for p in patches}
     seconds = seconds_a_step(configs, args.flags, 1 if args.quick else 3)
-    for row in rows:
+    for row in store.rows:
         row["seconds_a_step"] = seconds[row["model"]]
-    content = json.dumps(rows, indent=1).encode()
-    checkpoint.write_whole((args.output or Path(__file__).parent) / "scaling.json", lambda file: file.write(content))
-    plot(rows, (args.output or ASSETS) / "scaling.png")
-    picture = grid(torch.cat(samples), columns=10)  # as Figure 7: a row for each network, from the same noise
+    store.save()
+    plot(store.rows, (args.output or ASSETS) / "scaling.png")
+    pictures = [Image.open(store.path.parent / f"scaling-{s}{p}.png") for s in sizes for p in patches]
+    picture = Image.fromarray(np.concatenate([np.asarray(row) for row in pictures]))  # as Figure 7
     checkpoint.write_whole((args.output or ASSETS) / "scaling-samples.png", lambda file: picture.save(file, "PNG"))
-    print(table(rows))
+    print(table(store.rows))
 
 
 if __name__ == "__main__":
