@@ -282,7 +282,7 @@ def default_guidance(args: argparse.Namespace) -> list[float]:
     """`--guidance` for samples of a model that is trained with these settings."""
     if not args.label_dropout:  # then no unconditional prediction is learned
         return [1.0]
-    # With flow, guidance only at the middle timesteps is better by every measure (assets/recipe.md), and cheaper.
+    # With flow, guidance only at the middle timesteps is better by every measure (docs/recipe.md), and cheaper.
     return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
 
 

@@ -96,6 +96,21 @@ def denoising() -> None:
     frames[0].save(ASSETS / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
+def digits() -> None:
+    """digits.png: generated digits, seed 0, beside real ones that are not chosen either."""
+    labels = DIGITS.repeat(7)
+    generated = load_model(BUNDLED_WEIGHTS).sample(labels, len(labels))
+    real = bundled_digits()
+    first = torch.stack([(real.labels == digit).nonzero()[:7, 0] for digit in range(10)], dim=1)  # (7, 10)
+    figure = canvas(2.75)
+    panels = figure.subplots(1, 2)
+    both = generated, to_float(real.pixels[first.flatten()])
+    for axes, images, title in zip(panels, both, ("generated", "real"), strict=True):
+        mosaic(axes, images.view(7, 10, 1, 28, 28), [""] * 7, [""] * 10)
+        axes.set_title(title, fontsize=9, pad=0)
+    save(figure, "digits")
+
+
 def diffusion() -> None:
     """diffusion.png: the forward process, the reverse process, and (alpha_t, sigma_t) of the schedules on one axis."""
     trained = load_model(BUNDLED_WEIGHTS)
@@ -409,8 +424,8 @@ def dit_architecture() -> None:
 
 
 FIGURES: dict[str, Callable] = {
-    "denoising": denoising, "diffusion": diffusion, "dit_architecture": dit_architecture, "loss": loss,
-    "inference-result": inference_result, "guidance": guidance, "attention": attention, "steps": steps,
+    "digits": digits, "denoising": denoising, "diffusion": diffusion, "dit_architecture": dit_architecture,
+    "loss": loss, "inference-result": inference_result, "guidance": guidance, "attention": attention, "steps": steps,
     "shortcut": shortcut,
 }
 
