@@ -1,7 +1,7 @@
 """Checkpoint files: written whole or not at all, and read without running anything that is in them.
 
     checkpoint.pt         everything that a run needs to be resumed, see run.py
-    NAME.safetensors      the averaged weights alone, to publish, with their description as JSON in the metadata
+    NAME.safetensors      only the averaged weights, to publish, with their description as JSON in the metadata
     a state dict, .pt     weights of the official DiT, for which the user has to name the model
 
 The first two describe themselves, see `describe`. Averaged weights, "ema", are an exponential moving average of the

@@ -271,7 +271,7 @@ def guidance_settings(values: list[float], timesteps: int) -> dict:
     inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
     if interval and not (inside and all(t == int(t) for t in interval)):
         raise UsageError(
-            f"--guidance takes W alone, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
+            f"--guidance takes W, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
         )
     if not abs(weight) <= MAX_GUIDANCE:
         raise UsageError(f"a guidance scale must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")

@@ -252,7 +252,7 @@ def class_folders(root: Path) -> list[str]:
     names = sorted((entry.name for entry in entries if entry.is_dir()), key=natural)
     names = [name for name in names if not name.startswith("__")]  # macOS and Python leave such folders
     if names and any(entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
-        raise DataError(f"{root} holds both images and folders: keep a folder for each class, or images alone")
+        raise DataError(f"{root} holds both images and folders: keep a folder for each class, or only images")
     return names
 
 

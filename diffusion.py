@@ -245,7 +245,7 @@ def guide(
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from T - 1 down to 0, or T - 1 alone. Raises ValueError outside 1 ... T."""
+    """`steps` evenly spaced timesteps from T - 1 down to 0, or only T - 1. Raises ValueError outside 1 ... T."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: use 1 to {T}, the number of timesteps that the model knows")
     return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()

@@ -64,7 +64,7 @@ def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
     if images.dtype != np.uint8 or shape not in ((28, 28, 1), (28, 28)):
         raise UsageError(f"arr_0 of {path} is {images.dtype} {images.shape}: give uint8 images (N, 28, 28, 1)")
     if labels is not None and (labels.shape != (n,) or not np.isin(labels, range(10)).all()):
-        raise UsageError(f"the labels of {path} are not {n} digits 0 to 9: leave them out, or mend them")
+        raise UsageError(f"the labels of {path} are not {n} digits 0 to 9: leave them out, or correct them")
     if n < (count or MIN_COUNT):
         fix = f"give {count} or more, or lower --count" if count else f"give {MIN_COUNT} or more"
         raise UsageError(f"{path} holds {n} images: {fix}")

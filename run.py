@@ -210,7 +210,7 @@ class Run:
         self.bar = progress_bar(self.args.steps, self.step)
         self.started = self.clock = time.perf_counter()
         handlers = {}
-        if threading.current_thread() is threading.main_thread():  # which alone may set them
+        if threading.current_thread() is threading.main_thread():  # no other may set them
             handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.begin(trainer)

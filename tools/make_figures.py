@@ -168,7 +168,7 @@ def guidance() -> None:
 
 
 def steps() -> None:
-    """steps.png: digits drawn in 1, 2, 4 ... 32 steps, and their distance to real ones."""
+    """steps.png: digits sampled in 1, 2, 4 ... 32 steps, and their distance to real ones."""
     counts, n = (1, 2, 4, 8, 16, 32), COUNT
     reference = Reference()
     labels = labels_as_in(reference.tensors["labels.test"], n)
@@ -200,7 +200,7 @@ def steps() -> None:
 
 
 def loss(run: Path | None = None) -> None:
-    """loss.png: the loss of a run, and what its averaged weights drew along the way."""
+    """loss.png: the loss of a run, and samples of its averaged weights along the way."""
     if run is None:
         run = RUNS / "figure"
         if not (run / "weights.safetensors").exists():
