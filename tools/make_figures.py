@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
@@ -259,32 +260,32 @@ def attention_maps(trained: TrainedModel, label: int, **options) -> tuple[list[i
 
 
 def attention() -> None:
-    """attention.png: how much one patch attends to each other, in every block and head, at three timesteps."""
+    """attention.png: how much one patch attends to each other, in five heads, at three timesteps."""
     trained = load_model(BUNDLED_WEIGHTS)
-    config, some = trained.model.config, (1, 9, 17)
+    config, some, heads = trained.model.config, (1, 9, 17), ((2, 5), (4, 5), (3, 1), (3, 2), (5, 4))
     side, patch, size = config.image_size // config.patch_size, 5, config.patch_size  # patch 5 is in row 1, column 1
     times, x_t, x0_hat, maps = attention_maps(trained, 8, seed=2)
     maps = maps[:, :, :, patch].unflatten(-1, (side, side))
-    maps = maps / maps.amax((-2, -1), keepdim=True) * 2 - 1
-
-    def frame(axes: Axes, column: int, row: int, size: float, width: float = 0.8) -> None:
-        """Mark the patch that attends, in the picture at this column and row."""
-        corner = column + patch % side * size, row + patch // side * size
-        axes.add_patch(FancyBboxPatch(corner, size, size, "square,pad=0", fill=False, ec=ORANGE, lw=width))
-
-    figure = canvas(4.1)
-    panels = figure.subplots(2, len(some), height_ratios=[1, 2.4])
-    for (upper, lower), i in zip(panels.T, some, strict=True):
-        mosaic(upper, torch.stack([x_t[i], x0_hat[i]], 1), [""], [r"$x_t$", r"$\hat x_0$"])
-        for j in range(2):
-            frame(upper, j, 0, size / (config.image_size + 2), 2)
-        upper.set_title(f"t = {times[i]}")
-        mosaic(lower, maps[i][:, :, None], [""] * config.depth, [str(h + 1) for h in range(config.num_heads)], gap=1)
-        for block, head in np.ndindex(config.depth, config.num_heads):
-            frame(lower, head, block, 1 / (side + 1))
-        lower.set_xlabel("head")
-        lower.xaxis.set_label_position("top")
-    panels[1, 0].set_yticks(panels[1, 0].get_yticks(), [f"block {i + 1}" for i in range(config.depth)])
+    figure = canvas(3.6)
+    panels = figure.subplots(len(some), 2 + len(heads))
+    for row, i in zip(panels, some, strict=True):
+        for axes, image in zip(row, (x_t[i], x0_hat[i]), strict=False):
+            axes.imshow(to_uint8(image[0, 0]), cmap="gray", vmin=0, vmax=255)
+        for axes, (block, head) in zip(row[2:], heads, strict=True):
+            shown = axes.imshow(maps[i, block - 1, head - 1], cmap="magma", norm=PowerNorm(0.5, 0, 1))
+        for axes, unit in zip(row, (size, size, *[1] * len(heads)), strict=True):  # the patch that attends
+            corner = patch % side * unit - 0.5, patch // side * unit - 0.5
+            axes.add_patch(FancyBboxPatch(corner, unit, unit, "square,pad=0", fill=False, ec=ORANGE, lw=1.5))
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(f"t = {times[i]}")
+    titles = [r"$x_t$", r"$\hat x_0$", *(f"block {block}\nhead {head}" for block, head in heads)]
+    for axes, title in zip(panels[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(shown, ax=panels[:, 2:], ticks=[0, 0.1, 0.3, 0.6, 1], shrink=0.8, pad=0.02)
+    bar.set_label("attention weight", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.suptitle("In noise a head attends to one fixed patch; as the digit emerges, some attend to the whole image", fontsize=10)
     save(figure, "attention")
 
 
