@@ -8,6 +8,9 @@ Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 
 diffusers.AutoencoderKL; the package diffusers is needed for nothing else (pip install diffusers).
 """
 
+import logging
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -29,8 +32,10 @@ class Autoencoder:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UsageError("--vae needs the package diffusers: pip install diffusers") from error
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each of several attempts
         try:
-            self.vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False).to(device).eval()
+            with warnings.catch_warnings(action="ignore"):
+                self.vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False).to(device).eval()
         except Exception as error:  # whatever diffusers finds wrong with a file or with the network connection
             reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
             raise UsageError(f"cannot load the autoencoder {source} ({reason}): name another by --vae") from error

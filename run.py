@@ -170,6 +170,8 @@ class Run:
             found = f"this run began with {self.state['data']}, and here are {data.source}"
             raise UsageError(f"{found}, with other images, labels or classes: give it the data that it began with")
         args.dataset = args.dataset or data.name
+        if args.vae and not data.pixels.is_floating_point():
+            raise UsageError(f"--vae is for latents, and these are {data.source}: leave it out")
         self.autoencoder = Autoencoder(args.vae, self.device) if args.vae and RANK == 0 else None
         if self.autoencoder and self.autoencoder.channels != data.pixels.shape[1]:
             raise UsageError(f"--vae has latents of {self.autoencoder.channels} channels, and these are {data.source}, "

@@ -9,6 +9,7 @@ import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core, and one thread a worker
+os.environ["HF_HUB_OFFLINE"] = "1"             # autoencoders are only looked for on the disk
 
 import subprocess  # noqa: E402
 import sys  # noqa: E402
