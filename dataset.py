@@ -5,8 +5,7 @@ MNIST and its relatives come through torchvision. Any other data set is a folder
     FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     a folder for each class, in the order a, b ... or 1, 2 ... 10
     FOLDER/1.png, FOLDER/2.png ...                     no classes: for an unconditional model
 
-or a file of latents, see latents.py. Pixels are stored as 0 ... 255, and the network sees them as -1 ... 1. Latents are
-stored as the network sees them.
+Pixels are stored as 0 ... 255. The network sees them as -1 ... 1. (For latents in place of pixels, see latents.py.)
 """
 
 import contextlib
@@ -43,7 +42,6 @@ MNIST_MD5 = (
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FOLDER_IMAGE_SIZE = 32     # pixels of a folder's images, where no other size is asked for
 MEMORY_LIMIT = 4 * 2**30   # bytes of pixels
-MAX_CLASSES = 100_000      # of latents, where the file names none
 RESIZE_AT_ONCE = 2**24     # bytes of pixels, which take several times as much while they are resized
 DOWNLOAD_TIMEOUT = 20      # seconds without an answer
 
@@ -80,12 +78,10 @@ def to_float(pixels: Tensor) -> Tensor:
 def load(
     name: str | None, data_dir: str = "data", image_size: int | None = None, train: bool = True, download: bool = True
 ) -> Images:
-    """The data set `name`: one of DATASETS, mnist-5000, or the path of a folder of images or of an .npz of latents.
+    """The data set `name`: one of DATASETS, mnist-5000, or the path of a folder of images. Raises DataError.
 
     Without a name it is MNIST. Where MNIST is neither on disk nor can be downloaded, the 5,000 of its training digits
     that come with this repository take its place, with a warning. image_size is in pixels; None keeps the data set's.
-
-    Raises DataError.
     """
     if name is None:
         try:
@@ -102,13 +98,7 @@ def load(
         return resized(images, image_size)
     if Path(name).is_dir():
         return from_folder(Path(name), image_size or FOLDER_IMAGE_SIZE)
-    if name.endswith(".npz"):
-        latents = from_latents(Path(name))
-        if image_size not in (None, latents.pixels.shape[-1]):
-            raise DataError(f"{latents.source} have {latents.pixels.shape[-1]} pixels a side: leave --image-size out")
-        return latents
-    known = f"{', '.join(DATASETS)}, mnist-5000"
-    raise DataError(f"no data set or folder {name!r}: use {known}, or the path of a folder or .npz")
+    raise DataError(f"no data set or folder {name!r}: use {', '.join(DATASETS)}, mnist-5000, or the path of a folder")
 
 
 def bundled_digits() -> Images:
@@ -156,31 +146,6 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("it does not fit in memory")
     with np.load(path) as file:
         return dict(file)
-
-
-def from_latents(path: Path) -> Images:
-    """The latents of an .npz as tools/encode.py writes it: arr_0, float (N, C, S, S), labels (N,), and classes, which
-    are their names (otherwise the labels are). Raises DataError.
-    """
-    fix = "make it with tools/encode.py"
-    try:
-        arrays = read_npz(path)
-        latents, labels = torch.from_numpy(arrays["arr_0"]), torch.from_numpy(arrays["labels"])
-        count = min(int(labels.max()) + 1, MAX_CLASSES)
-        classes = tuple(str(name) for name in arrays.get("classes", range(count)))
-    except Exception as error:  # a broken file can provoke any
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DataError(f"cannot read latents and labels of {path} ({reason}): {fix}") from error
-    if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or not latents.is_floating_point():
-        raise DataError(f"arr_0 of {path} is {latents.dtype} {tuple(latents.shape)}, not float (N, C, S, S): {fix}")
-    if latents.shape[1] in (1, 3):
-        raise DataError(f"arr_0 of {path} has {latents.shape[1]} channels, as images have: give a folder of images")
-    known = not labels.is_floating_point() and ((labels >= 0) & (labels < max(len(classes), 1))).all()
-    if labels.shape != latents.shape[:1] or not known:
-        raise DataError(f"the labels of {path} are not {len(latents)} numbers of its classes: {fix}")
-    if not latents.isfinite().all():
-        raise DataError(f"arr_0 of {path} holds numbers that are not finite: {fix}")
-    return Images(latents.float(), labels.long(), classes, f"{len(labels):,} latents of {path.name}")
 
 
 def check_idx_files(folder: Path, name: str) -> None:

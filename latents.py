@@ -10,13 +10,16 @@ diffusers.AutoencoderKL; the package diffusers is needed for nothing else (pip i
 
 import logging
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cli import UsageError
+from dataset import DataError, Images, read_npz
 
-AT_ONCE = 8  # images that are encoded or decoded together, because each takes much memory
+MAX_CLASSES = 100_000  # where a file has no names for its labels
+AT_ONCE = 8            # images that are encoded or decoded together, because each takes much memory
 
 
 class Autoencoder:
@@ -60,3 +63,30 @@ class Autoencoder:
                              "use the autoencoder with which they were encoded")
         parts = [part.to(self.device) / self.scale + self.shift for part in latents.split(AT_ONCE)]
         return torch.cat([self.vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
+
+
+def load_latents(path: Path, image_size: int | None = None) -> Images:
+    """The latents of an .npz as tools/encode.py writes it: arr_0, float (N, C, S, S), labels (N,), and classes, which
+    are their names (otherwise the labels are). Raises DataError, also where image_size is not None or S.
+    """
+    fix = "make it with tools/encode.py"
+    try:
+        arrays = read_npz(path)
+        latents, labels = torch.from_numpy(arrays["arr_0"]), torch.from_numpy(arrays["labels"])
+        count = min(int(labels.max()) + 1, MAX_CLASSES)
+        classes = tuple(str(name) for name in arrays.get("classes", range(count)))
+    except Exception as error:  # a broken file can provoke any
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise DataError(f"cannot read latents and labels of {path} ({reason}): {fix}") from error
+    if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or not latents.is_floating_point():
+        raise DataError(f"arr_0 of {path} is {latents.dtype} {tuple(latents.shape)}, not float (N, C, S, S): {fix}")
+    if latents.shape[1] in (1, 3):
+        raise DataError(f"arr_0 of {path} has {latents.shape[1]} channels, as images have: give a folder of images")
+    known = not labels.is_floating_point() and ((labels >= 0) & (labels < max(len(classes), 1))).all()
+    if labels.shape != latents.shape[:1] or not known:
+        raise DataError(f"the labels of {path} are not {len(latents)} numbers of its classes: {fix}")
+    if not latents.isfinite().all():
+        raise DataError(f"arr_0 of {path} holds numbers that are not finite: {fix}")
+    if image_size not in (None, latents.shape[-1]):
+        raise DataError(f"the latents of {path} have {latents.shape[-1]} pixels a side: leave --image-size out")
+    return Images(latents.float(), labels.long(), classes, f"{len(labels):,} latents of {path.name}")

@@ -40,7 +40,7 @@ import checkpoint
 import dataset
 from cli import LOCAL_RANK, NOT_SETTINGS, RANK, WORLD, Parser, UsageError, WorkError, number
 from dit import DiT
-from latents import Autoencoder
+from latents import Autoencoder, load_latents
 from optim import learning_rate
 from sampling import grid
 from speed import threads
@@ -157,7 +157,10 @@ class Run:
             self.gloo = dist.new_group(backend="gloo")  # for numbers on the CPU, which need not wait for a GPU
         if LOCAL_RANK > 0:
             dist.barrier()
-        data = dataset.load(args.dataset, args.data_dir, image_size, download=LOCAL_RANK == 0)
+        if args.dataset and args.dataset.endswith(".npz"):
+            data = load_latents(Path(args.dataset), image_size)
+        else:
+            data = dataset.load(args.dataset, args.data_dir, image_size, download=LOCAL_RANK == 0)
         self.fingerprint = data.fingerprint()
         if WORLD > 1:
             if LOCAL_RANK == 0:
@@ -170,13 +173,20 @@ class Run:
             found = f"this run began with {self.state['data']}, and here are {data.source}"
             raise UsageError(f"{found}, with other images, labels or classes: give it the data that it began with")
         args.dataset = args.dataset or data.name
-        if args.vae and not data.pixels.is_floating_point():
-            raise UsageError(f"--vae is for latents, and these are {data.source}: leave it out")
-        self.autoencoder = Autoencoder(args.vae, self.device) if args.vae and RANK == 0 else None
-        if self.autoencoder and self.autoencoder.channels != data.pixels.shape[1]:
-            raise UsageError(f"--vae has latents of {self.autoencoder.channels} channels, and these are {data.source}, "
-                             f"of {data.pixels.shape[1]}: leave it out, or use that with which they were encoded")
+        self.load_autoencoder(data)
         return data
+
+    def load_autoencoder(self, data: dataset.Images) -> None:
+        """Load the autoencoder of --vae, which decodes samples. Raises UsageError where it does not fit the data."""
+        self.autoencoder, vae = None, self.args.vae
+        if vae and not data.pixels.is_floating_point():
+            raise UsageError(f"--vae is for latents, and these are {data.source}: leave it out")
+        if vae and RANK == 0:
+            self.autoencoder = Autoencoder(vae, self.device)
+            ours, theirs = data.pixels.shape[1], self.autoencoder.channels
+            if ours != theirs:
+                raise UsageError(f"--vae has latents of {theirs} channels, and these are {data.source}, of {ours}: "
+                                 "leave it out, or use that with which they were encoded")
 
     def batches(self, data: dataset.Images) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the batch of each step that is left, see dataset.batches, until a signal comes."""

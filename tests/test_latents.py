@@ -114,7 +114,7 @@ def test_without_a_decoder_samples_are_three_channels(encoded, tmp_path):
 
 
 def test_latents_are_learned_without_clamping_or_rounding(encoded):
-    data = dataset.load(str(encoded))
+    data = latents.load_latents(encoded)
     with np.load(encoded) as file:
         x0, y = next(dataset.batches(data, 60, 0))
         assert torch.equal(x0[y == 0].flatten().sort().values, torch.from_numpy(file["arr_0"][:20]).flatten().sort()[0])
@@ -157,7 +157,7 @@ def test_wrong_latents_are_refused(changed, reason, tmp_path):
     arrays = {name: value for name, value in {**GOOD, **changed}.items() if value is not None}
     np.savez(tmp_path / "wrong.npz", **arrays)
     with pytest.raises(DataError, match=reason):
-        dataset.load(str(tmp_path / "wrong.npz"))
+        latents.load_latents(tmp_path / "wrong.npz")
 
 
 def test_what_does_not_fit_names_the_fix(latent_run, tiny_run, encoded, vae, images, tmp_path, monkeypatch):
