@@ -197,8 +197,8 @@ def steps(seconds):
             speed.threads.adapt()
     return count / seconds
 
-steps(4)
-print(steps(8))
+steps(3)
+print(steps(5))
 """
 
 
@@ -208,9 +208,11 @@ def test_beside_a_busy_process_training_is_nearly_as_fast_as_with_one_thread():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() - 1)]
     try:
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        one = run_script("-c", BESIDE, "one", cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"})
-        ours = run_script("-c", BESIDE, "adapt", cwd=ROOT, env=environment)
+        one, ours = [], []
+        for _ in range(3):  # in turn, since the machine may do other things as well
+            one.append(run_script("-c", BESIDE, "one", cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}))
+            ours.append(run_script("-c", BESIDE, "adapt", cwd=ROOT, env=environment))
     finally:
         for process in busy:
             process.kill()
-    assert float(ours.stdout) > 0.6 * float(one.stdout), (ours, one)
+    assert max(float(run.stdout) for run in ours) > 0.6 * max(float(run.stdout) for run in one), (ours, one)
