@@ -14,9 +14,10 @@ so that this is a distillation of a teacher into a student.
 A span (t, s) is a sampling step from timestep t to s < t, where s = -1 is the clean image, as in diffusion.py. Its size
 is t - s, and a single step from noise to image has size T.
 
-A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So the
-images that the student samples in one step are also compared with the teacher's as a distribution, see `matching_loss`:
-Yin et al., "One-step Diffusion with Distribution Matching Distillation" (DMD), arXiv 2311.18828.
+A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So in the
+last part of the training, the images that the student samples in one, two and four steps are compared with the
+teacher's as a distribution, see `matching_loss`: Yin et al., "One-step Diffusion with Distribution Matching
+Distillation" (DMD), arXiv 2311.18828, and "Improved Distribution Matching Distillation" (DMD2), arXiv 2405.14867.
 """
 
 import copy
@@ -31,16 +32,20 @@ import checkpoint
 from cli import BUNDLED_WEIGHTS, Parser, UsageError, guidance_settings, run_script
 from diffusion import Diffusion, clip, guide, sample_timesteps
 from dit import DiT, DiTConfig, TimestepEmbedder
-from optim import learning_rate, load_optimizers, make_optimizers, take_step
-from run import MAY_CHANGE, Run, distributed
+from optim import load_optimizers, make_optimizers, take_step
+from run import MAY_CHANGE, Run, distributed, local_part
 from sampling import TrainedModel, seeded
+from speed import autocast
 from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, train
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
 STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, into how many steps the path is cut
-ONE_STEP_WEIGHT = 0.1       # of `shortcut_loss` for spans of size T; for all others it is 1
-MATCHING_WEIGHT = 0.25      # of `matching_loss`, which is for spans of size T
-MATCHING_GUIDANCE = 0.4     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
+MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
+MATCHED_COUNTS = (1, 1, 2, 4)  # of each 4 samples, in how many steps they were made
+MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
+MATCHING_GUIDANCE = 0.3     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
+FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
+FAKE_LR = 0.25              # its learning rate, as a fraction of the student's highest
 
 
 # ------------------------------------------------------------------------------------------------ network and sampling
@@ -118,14 +123,15 @@ class ShortcutModel(TrainedModel):
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def sample_spans(n: int, T: int, generator: torch.Generator | None = None) -> Tensor:
+def sample_spans(n: int, T: int, cycle: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """n spans (t, s) for a shortcut model to learn, as an int64 tensor (n, 2) on the CPU.
 
-    Of each 10 in a row, two cross the whole path, one half of it, then a quarter, 1/8 and 1/16 of it, and four 1/32, on
-    which all others are built. Each of these others is the first span, from T - 1, with probability 0.3, since sampling
-    in few steps needs that one most. Else it is any of the path's spans of this size.
+    cycle: into how many steps the path is cut for each span in turn, such as STEP_COUNT_CYCLE
+
+    A span is the first of its path, from T - 1, with probability 0.3, since sampling in few steps needs that one most.
+    Else, and for the smallest size, it is any of the path.
     """
-    counts = torch.tensor(STEP_COUNT_CYCLE).repeat(n // len(STEP_COUNT_CYCLE) + 1)[:n]
+    counts = torch.tensor(cycle).repeat(n // len(cycle) + 1)[:n]
     u = torch.rand(2, n, generator=generator, dtype=torch.float64)
     first = (u[0] < 0.3) & (counts < STEP_COUNTS[-1])
     position = torch.where(first, counts, (u[1] * counts).long() + 1)  # counted from the image: span 1 arrives there
@@ -146,18 +152,15 @@ def shortcut_target(diffusion: Diffusion, predict: Callable, x_t: Tensor, y: Ten
 
 
 def shortcut_loss(
-    diffusion: Diffusion, student: Callable, ema: Callable, teacher: Callable, x0: Tensor, y: Tensor, spans: Tensor,
-    eps: Tensor,
-) -> tuple[Tensor, Tensor]:
+    diffusion: Diffusion, x0_hat: Tensor, ema: Callable, teacher: Callable, x_t: Tensor, y: Tensor, spans: Tensor
+) -> Tensor:
     """The loss of each image, (B,): the error of the x0_hat for a span, against that of two spans of half the size.
 
     The halves are taken by the student's moving average, which is steadier than the student. Those of the smallest size
     are the teacher's. If it is guided, its guidance is learned with the rest, so that the student needs none.
 
-    student, ema, teacher: the student, its average, and the teacher, each (x_t, spans, y) -> output
-    x0: (B, C, H, W) in [-1, 1], y: (B,) labels, spans: (B, 2) as by `sample_spans`, eps: noise like x0
-
-    Returns the student's x0_hat (B, C, H, W) as well.
+    x0_hat:       what the student predicts at x_t, (B, C, H, W), for labels y (B,) and spans (B, 2)
+    ema, teacher: the student's average, and the teacher, each (x_t, spans, y) -> output
 
     Targets are found as in progressive distillation (arXiv 2202.00512, Algorithm 2), which halves the number of steps
     of one network after another. Under flow, an error of x0_hat is one of the mean velocity (x_t - x0_hat) / sigma,
@@ -165,50 +168,67 @@ def shortcut_loss(
     the second large ones.
     """
     t, s = spans.unbind(1)
-    x_t = diffusion.q_sample(x0, t, eps)
     with torch.no_grad():
-        target = torch.empty_like(x0)
+        target = torch.empty_like(x_t)
         smallest = t - s < 1.5 * diffusion.T / STEP_COUNTS[-1]
         for predict, mask in ((teacher, smallest), (ema, ~smallest)):
             if mask.any():
                 target[mask] = shortcut_target(diffusion, predict, x_t[mask], y[mask], spans[mask])
-    x0_hat = diffusion.predict_x0(student(x_t, spans, y).float(), x_t, t)
-    return (x0_hat - target).square().flatten(1).mean(1) / diffusion.tables["sigma"][t], x0_hat
+    return (x0_hat - target).square().flatten(1).mean(1) / diffusion.tables["sigma"][t]
+
+
+def last_spans(n: int, T: int) -> Tensor:
+    """The last spans (t, -1) of n paths in MATCHED_COUNTS steps, int64 (n, 2). They end at the student's samples."""
+    t = torch.tensor([shortcut_timesteps(T, steps)[-1] for steps in MATCHED_COUNTS])
+    t = t.repeat(n // len(t) + 1)[:n]
+    return torch.stack([t, torch.full_like(t, -1)], dim=1)
+
+
+def with_sizes_of(spans: Tensor, fake: Callable) -> Callable:
+    """`fake` as a function (x_t, t, y) -> output, for samples that end at spans (B, 2). It receives their size as well,
+    since samples in one step have another distribution than samples in four.
+    """
+    size = spans[:, 0] - spans[:, 1]
+    return lambda x_t, t, y: fake(x_t, torch.stack([t, t - size], dim=1), y)
 
 
 def matching_loss(
-    diffusion: Diffusion, teacher: Callable, fake: Callable, sample: Tensor, y: Tensor, t: Tensor, eps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The losses, each (B,), of images that a student sampled, and of the network `fake`, which learns from them.
+    diffusion: Diffusion, sample: Tensor, teacher: Callable, fake: Callable, y: Tensor, t: Tensor, eps: Tensor
+) -> Tensor:
+    """The loss of each of the student's samples, (B,): how far their distribution is from the teacher's.
 
-    teacher, fake: networks (x_t, t, y) -> output, of which the second begins as a copy of the first
-    sample: (B, C, H, W), sampled by the student for labels y (B,), t: (B,) timesteps, eps: noise like sample
+    sample:        (B, C, H, W), of labels y (B,)
+    teacher, fake: networks (x_t, t, y) -> output, of which the second was trained on samples of the student
+    t, eps:        timesteps (B,) and noise like sample, by which both see the samples
 
     The score of a distribution follows from the x0_hat of a network that was trained on it. The teacher gives the score
-    of real images; `fake`, which is trained in the same steps, that of the student's samples. The gradient of the loss,
-    (fake_x0 - teacher_x0) / mean |sample - teacher_x0|, is that of the KL divergence between the two (DMD, Eq. 7 and 8,
-    without the factor alpha_t, as in the code of DMD2). The teacher may be guided, with a smaller scale than for
-    sampling: there guidance acts on one path, here on all samples, step after step, and a large scale reduces their
-    diversity.
+    of real images, and `fake` that of the student's samples. The gradient of the loss, (fake_x0 - teacher_x0) / mean
+    |sample - teacher_x0|, is that of the KL divergence between the two (DMD, Eq. 7 and 8, without the factor alpha_t,
+    as in the code of DMD2). The teacher may be guided, with a smaller scale than for sampling: there guidance acts on
+    one path, here on all samples, step after step, and a large scale reduces their diversity.
     """
-    x_t = diffusion.q_sample(sample.detach(), t, eps)
-    fake_x0 = diffusion.predict_x0(fake(x_t, t, y).float(), x_t, t)
-    error = (fake_x0 - sample.detach()).square().flatten(1).mean(1)
-    fake_loss = error / diffusion.tables["sigma"][t].clamp(min=0.05) ** 2
     with torch.no_grad():
+        x_t = diffusion.q_sample(sample, t, eps)
+        fake_x0 = diffusion.predict_x0(fake(x_t, t, y).float(), x_t, t)
         teacher_x0 = diffusion.predict_x0(teacher(x_t, t, y).float(), x_t, t)
         distance = (sample - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-3).view(-1, 1, 1, 1)
         target = sample - (fake_x0 - teacher_x0) / distance
-    return 0.5 * (sample - target).square().flatten(1).mean(1), fake_loss
+    return 0.5 * (sample - target).square().flatten(1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
 class DistillTrainer(Trainer):
-    """A student in training, and the network `fake` beside it. They begin as copies of the teacher."""
+    """A student in training, and later the network `fake` beside it. They begin as copies of the teacher.
+
+    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch goes on so,
+    and the other half are samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
+    own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2).
+    """
 
     network = ShortcutDiT
+    step_time = 1.6
 
     def __init__(self, teacher: TrainedModel, args, device: torch.device, state: dict | None = None):
         self.teacher = teacher
@@ -222,46 +242,81 @@ class DistillTrainer(Trainer):
         self.model = ShortcutDiT(self.config).to(self.device)
         self.model.load_state_dict(teacher.state_dict(), strict=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.fake = copy.deepcopy(teacher).requires_grad_(True)
+        self.fake = copy.deepcopy(self.model)
         self.ddp_fake = distributed(self.fake)
         self.optimizers = make_optimizers(self.model, self.args)
         self.fake_optimizers = make_optimizers(self.fake, self.args)
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
 
+    def is_matching(self, step_index: int) -> bool:
+        return self.args.steps is not None and step_index >= MATCHING_BEGINS * self.args.steps
+
     def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_matching(step_index):
+            times, _, eps = (local_part(values, self.device) for values in self.randomness(step_index))
+            for i in range(FAKE_UPDATES):
+                self.update_fake(x0, y, times[:, 3 + i], eps[:, 2 + 2 * i :])
+        return super().step(step_index, x0, y)
+
+    def update_fake(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> None:
+        """A training step of `fake` on samples of the student, with the ordinary loss."""
+        n, spans = self.micro_batch_size, local_part(last_spans(self.args.batch_size, self.diffusion.T), self.device)
         self.fake.zero_grad()
-        loss, norm = super().step(step_index, x0, y)  # its backward pass reaches `fake`, too
+        for i in range(self.args.grad_accum_steps):
+            micro = slice(i * n, (i + 1) * n)
+            self.ddp_fake.require_backward_grad_sync = i == self.args.grad_accum_steps - 1
+            with autocast(self.device, self.args.precision):
+                with torch.no_grad():
+                    _, sample = self.predict(self.model, x0[micro], y[micro], spans[micro], eps[micro, 0])
+                fake = with_sizes_of(spans[micro], self.ddp_fake)
+                loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro, 1]).mean()
+                (loss / self.args.grad_accum_steps).backward()
         nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
-        take_step(self.fake_optimizers, learning_rate(step_index, self.args))
-        return loss, norm
+        take_step(self.fake_optimizers, FAKE_LR * self.args.lr)
 
     def randomness(self, step_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is random in a step: times (B, 3), the spans (t, s) to learn and the timesteps of `matching_loss`;
-        u (B,); eps (B, 2, C, S, S), the noise for each of the two losses.
+        """What is random in a step: times (B, 3), u (B,), eps (B, 2, C, S, S).
+
+        times holds the span (t, s) to learn, and the timestep of `matching_loss`, or -1 where an image is not matched;
+        eps the noise for each of the two losses. While there is matching, times has one more column for each update of
+        `fake`, its timestep, and eps two, the noise of the sample and that of its loss.
         """
-        n, generator = self.args.batch_size, seeded(self.args.seed, FIRST_INDEX + step_index)
-        matching_t = sample_timesteps(n, self.diffusion.T, "logit-normal", generator)
-        times = torch.cat([sample_spans(n, self.diffusion.T, generator), matching_t[:, None]], dim=1)
+        n, T, generator = self.args.batch_size, self.diffusion.T, seeded(self.args.seed, FIRST_INDEX + step_index)
+        if self.is_matching(step_index):
+            updates, spans = FAKE_UPDATES, torch.empty(n, 2, dtype=torch.long)
+            spans[::2] = sample_spans(n - n // 2, T, STEP_COUNT_CYCLE[2:], generator)  # not the whole path
+            spans[1::2] = last_spans(n // 2, T)
+            t = torch.stack([sample_timesteps(n, T, "logit-normal", generator) for _ in range(1 + updates)], dim=1)
+            t[::2, 0] = -1
+        else:
+            updates, spans = 0, sample_spans(n, T, STEP_COUNT_CYCLE, generator)
+            t = torch.full((n, 1), -1)
         u = torch.rand(n, generator=generator)
         if self.device.type != "cpu":
             generator = seeded(self.args.seed, FIRST_INDEX + step_index, self.device)
-        return times, u, torch.randn(n, 2, *self.shape, generator=generator, device=self.device)
+        eps = torch.randn(n, 2 + 2 * updates, *self.shape, generator=generator, device=self.device)
+        return torch.cat([spans, t], dim=1), u, eps
+
+    def predict(self, student: nn.Module, x0: Tensor, y: Tensor, spans: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy images x_t (B, C, S, S) at which spans (B, 2) begin, and the student's x0_hat there."""
+        t = spans[:, 0]
+        x_t = self.diffusion.q_sample(x0, t, eps)
+        return x_t, self.diffusion.predict_x0(student(x_t, spans, y).float(), x_t, t)
 
     def loss(self, x0: Tensor, y: Tensor, times: Tensor, eps: Tensor) -> Tensor:
-        """`shortcut_loss`, and for the images that are sampled in one step `matching_loss`."""
-        spans, matching_t = times[:, :2], times[:, 2]
-        one_step = spans[:, 0] - spans[:, 1] == self.diffusion.T
-        self.ddp_fake.require_backward_grad_sync = self.ddp_model.require_backward_grad_sync
+        """The mean over the images of their `shortcut_loss` or, where they are matched, `matching_loss`."""
+        spans, t, d = times[:, :2], times[:, 2], self.diffusion
+        matched = (t >= 0).nonzero()[:, 0]
+        others = (t < 0).nonzero()[:, 0]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            loss, x0_hat = shortcut_loss(
-                self.diffusion, self.ddp_model, self.ema, self.teach_spans, x0, y, spans, eps[:, 0]
-            )
-            matching, fake_loss = matching_loss(
-                self.diffusion, partial(self.teach, fraction=MATCHING_GUIDANCE), self.ddp_fake,
-                x0_hat[one_step], y[one_step], matching_t[one_step], eps[one_step, 1],
-            )
-        loss = torch.where(one_step, ONE_STEP_WEIGHT * loss, loss)
-        return loss.mean() + (MATCHING_WEIGHT * matching + fake_loss).sum() / len(x0)
+            x_t, x0_hat = self.predict(self.ddp_model, x0, y, spans, eps[:, 0])
+            i = others
+            loss = shortcut_loss(d, x0_hat[i], self.ema, self.teach_spans, x_t[i], y[i], spans[i]).sum()
+            if len(matched):
+                i = matched
+                teacher, fake = partial(self.teach, fraction=MATCHING_GUIDANCE), with_sizes_of(spans[i], self.fake)
+                loss = loss + MATCHING_WEIGHT * matching_loss(d, x0_hat[i], teacher, fake, y[i], t[i], eps[i, 1]).sum()
+        return loss / len(x0)
 
     def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
         """The teacher's prediction, with a fraction of its guidance."""
@@ -281,9 +336,10 @@ class DistillTrainer(Trainer):
 
     def load(self, state: dict) -> None:
         super().load(state)
-        checkpoint.check({**self.teacher.description, "ema": state["fake"]})
+        checkpoint.check({**state, "ema": state["fake"]}, ShortcutDiT)
         self.fake.load_state_dict(state["fake"])
-        load_optimizers(self.fake_optimizers, state["fake_optimizers"], state["step"])
+        has_learned = any(saved["state"] for saved in state["fake_optimizers"])
+        load_optimizers(self.fake_optimizers, state["fake_optimizers"], has_learned)
 
     def trained_model(self) -> ShortcutModel:
         eager = ShortcutDiT(self.config).to(self.device)  # for batches of samples, faster than compiling self.ema again
@@ -299,7 +355,7 @@ def build_parser() -> Parser:
     parser.group("distillation")("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: "
                                  "that of the weights)", type=float, nargs="+", metavar="W")
     add_training_flags(parser)
-    parser.set_defaults(steps=6000, batch_size=160, lr=2e-3, ema_decay=0.998)
+    parser.set_defaults(steps=3000, batch_size=160, lr=2e-3, ema_decay=0.998)
     return parser
 
 

@@ -276,7 +276,7 @@ class Run:
         planned = False
         if self.step % LOG_EVERY == 0:
             self.write_log()
-            planned = self.args.steps is None and self.plan_steps()
+            planned = self.args.steps is None and self.plan_steps(trainer.step_time)
         if planned or self.is_milestone():
             self.save(trainer)
         if self.is_milestone():
@@ -314,16 +314,17 @@ class Run:
         good = good if self.saved_at else "no checkpoint yet"
         raise WorkError(f"{what} not finite at step {step}; {good}: begin a new run with a lower --lr")
 
-    def plan_steps(self) -> bool:
+    def plan_steps(self, step_time: float) -> bool:
         """Turn --minutes into a number of steps, once enough of them have been timed. Returns whether that is done.
 
         The seconds of a step are the median over intervals of LOG_EVERY steps, so that a busy moment does not count.
+        step_time: the mean time of all steps of the training, relative to that of the first ones
         """
         budget = 60 * self.args.minutes * TRAINING_TIME
         elapsed = time.perf_counter() - self.started
         steps = None
         if len(self.intervals) > 3 and (self.step >= TIMED_STEPS or elapsed > 0.1 * budget):
-            seconds = statistics.median(self.intervals[1:])  # the first one may have compiled
+            seconds = step_time * statistics.median(self.intervals[1:])  # the first one may have compiled
             steps = max(self.step, int(float(f"{budget / seconds:.2g}")))
         if WORLD > 1:  # all processes must agree
             shared = [steps]

@@ -82,6 +82,7 @@ class Trainer:
     """
 
     network = DiT
+    step_time = 1.0  # the mean time of a step, relative to that of the first steps
 
     def __init__(self, config: DiTConfig, args: argparse.Namespace, device: torch.device, state: dict | None = None):
         self.config, self.args, self.device = config, args, device

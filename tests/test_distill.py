@@ -14,21 +14,26 @@ from cli import UsageError
 from conftest import TINY, assert_equal_states, losses, run_script
 from diffusion import Diffusion, ddim, sample_timesteps
 from distill import (
+    FAKE_UPDATES,
+    STEP_COUNT_CYCLE,
     STEP_COUNTS,
     DistillTrainer,
     ShortcutDiT,
     build_parser,
     ddim_step,
     invert_ddim_step,
+    last_spans,
     main,
     matching_loss,
     sample_spans,
     shortcut,
     shortcut_loss,
     shortcut_timesteps,
+    with_sizes_of,
 )
 from dit import DiT, DiTConfig
 from inference import load_model
+from run import Run
 from test_diffusion import T, every_schedule, gaussian, optimal_for_gaussian
 from test_diffusion import images as random_images
 from test_numerics import network
@@ -68,12 +73,14 @@ def test_a_step_can_be_inverted_and_is_that_of_ddim(schedule):
 
 def test_steps_to_learn_are_those_that_the_sampler_takes():
     paths = {n: [*pairwise([*shortcut_timesteps(T, n), -1])] for n in STEP_COUNTS}
-    sampled = [tuple(step) for step in sample_spans(10_000, T, torch.Generator().manual_seed(0)).tolist()]
+    spans = sample_spans(10_000, T, STEP_COUNT_CYCLE, torch.Generator().manual_seed(0))
+    sampled = [tuple(span) for span in spans.tolist()]
     assert set(sampled) == {step for path in paths.values() for step in path}
     for i, n in enumerate([1, 1, 2, 4, 8, 16, 32, 32, 32, 32]):
         assert set(sampled[i::10]) == set(paths[n])
     starts = [sum(t == T - 1 for t, _ in sampled[i::10]) / 1000 for i in (5, 9)]
     assert starts == pytest.approx([0.3 + 0.7 / 16, 1 / 32], abs=0.05)
+    assert last_spans(6, T).tolist() == [[999, -1], [999, -1], [499, -1], [249, -1], [999, -1], [999, -1]]
 
 
 @every_schedule
@@ -97,13 +104,13 @@ def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
             now = ddim_step(d, now, half, a[None], b[None])
         return invert_ddim_step(d, x, now, t[None], s[None])
 
-    steps, eps = sample_spans(64, T, torch.Generator().manual_seed(0)), gaussian(1, 64)[:, :1, :1, :1]
-    x0 = 0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1]
-    loss, x0_hat = shortcut_loss(d, model, model, teacher, x0, y, steps, eps)
-    assert loss.max() < 1e-5
-    other, off = shortcut_loss(d, lambda *a: model(*a) + 0.1, model, teacher, x0, y, steps, eps)
-    torch.testing.assert_close(off, x0_hat + 0.1)
-    torch.testing.assert_close(other, 0.01 / d.tables["sigma"][steps[:, 0]], rtol=0.01, atol=1e-4)
+    spans = sample_spans(64, T, STEP_COUNT_CYCLE, torch.Generator().manual_seed(0))
+    t = spans[:, 0]
+    x_t = d.q_sample(0.2 + 0.1 * gaussian(2, 64)[:, :1, :1, :1], t, gaussian(1, 64)[:, :1, :1, :1])
+    x0_hat = model(x_t, spans, y)
+    assert shortcut_loss(d, x0_hat, model, teacher, x_t, y, spans).max() < 1e-5
+    off = shortcut_loss(d, x0_hat + 0.1, model, teacher, x_t, y, spans)
+    torch.testing.assert_close(off, 0.01 / d.tables["sigma"][t], rtol=0.01, atol=1e-4)
 
     x = gaussian(3, 1)[:, :1, :1, :1]
     one_step = shortcut(d, lambda x, step: model(x, torch.tensor([step]), None), x, shortcut_timesteps(T, 1))
@@ -120,12 +127,14 @@ def halves() -> list[int]:
 
 @every_schedule
 def test_the_loss_of_a_shortcut_model_is_finite_for_every_step(schedule):
-    student, teacher = network(ShortcutDiT), network()
-    diffusion, steps = Diffusion(schedule, "x0", T), sample_spans(64, T, torch.Generator().manual_seed(0))
+    student, teacher, diffusion = network(ShortcutDiT), network(), Diffusion(schedule, "x0", T)
+    y, spans = torch.arange(64) % 3, sample_spans(64, T, STEP_COUNT_CYCLE, torch.Generator().manual_seed(0))
     for level in (-1.0, 1.0):
-        arguments = torch.full((64, 1, 8, 8), level), torch.arange(64) % 3, steps, torch.randn(64, 1, 8, 8)
-        loss, _ = shortcut_loss(diffusion, student, student, lambda x, steps, y: teacher(x, steps[:, 0], y), *arguments)
-        assert loss.isfinite().all()
+        x_t = diffusion.q_sample(torch.full((64, 1, 8, 8), level), spans[:, 0], torch.randn(64, 1, 8, 8))
+        x0_hat = student(x_t, spans, y)
+        assert shortcut_loss(
+            diffusion, x0_hat, student, lambda x, spans, y: teacher(x, spans[:, 0], y), x_t, y, spans
+        ).isfinite().all()
 
 
 @every_schedule
@@ -147,24 +156,19 @@ def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule)
         x = m + c * torch.randn(500, 1, 1, 1, generator=generator)
         t = sample_timesteps(500, T, "logit-normal", generator)
         noise = torch.randn(500, 1, 1, 1, generator=generator)
-        loss, _ = matching_loss(d, teacher, optimal(m.detach(), c.detach()), x, y, t, noise)
+        loss = matching_loss(d, x, teacher, optimal(m.detach(), c.detach()), y, t, noise)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
     assert [m.item(), c.item()] == pytest.approx([0.2, 0.1], abs=0.03)
-    loss, _ = matching_loss(d, teacher, teacher, x, y, t, noise)
+    loss = matching_loss(d, x, teacher, teacher, y, t, noise)
     assert loss.max() == 0  # where the two networks agree, nothing is left to learn
 
 
-def test_matching_teaches_the_student_and_the_network_beside_it_apart():
-    d, y, t = Diffusion("flow", "v"), torch.zeros(4, dtype=torch.long), torch.tensor([20, 300, 600, 999])
-    x, w = random_images().requires_grad_(True), torch.tensor(0.5, requires_grad=True)
-    student, fake = matching_loss(d, lambda x, t, y: 0.1 * x, lambda x, t, y: w * x, x, y, t, gaussian(0))
-    assert torch.autograd.grad(student.sum(), w, allow_unused=True, retain_graph=True) == (None,)
-    assert torch.autograd.grad(fake.sum(), x, allow_unused=True, retain_graph=True) == (None,)
-    ordinary = d.training_loss(lambda x, t, y: w * x, x.detach(), y, t, gaussian(0))
-    s = d.tables["sigma"][t]
-    torch.testing.assert_close(fake, ordinary * s**2 / s.clamp(min=0.05) ** 2)
+def test_the_network_fake_knows_in_how_many_steps_a_sample_was_made():
+    seen = []
+    with_sizes_of(last_spans(4, T), lambda x, spans, y: seen.append(spans))(None, torch.tensor([9, 8, 7, 6]), None)
+    assert seen[0].tolist() == [[9, -991], [8, -992], [7, -493], [6, -244]]
 
 
 @pytest.mark.parametrize("steps", [0, 3, 64])
@@ -176,15 +180,18 @@ def test_other_numbers_of_shortcuts_are_refused(steps):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images, tmp_path):
+@pytest.mark.parametrize("stop", [3, 8])  # before samples are matched, and after
+def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images, tmp_path, monkeypatch, stop):
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(tiny_run / "weights.safetensors", teacher)
     arguments = [teacher, "--dataset", images, "--batch-size", 16, "--warmup", 2, "--no-compile"]
-    arguments += ["--device", "cpu", "--lr-schedule", "constant"]
-    assert run(*arguments, "--steps", 6, "--run-dir", tmp_path / "whole") == 0
-    assert run(*arguments, "--steps", 3, "--run-dir", tmp_path / "parts") == 0
+    arguments += ["--device", "cpu", "--steps", 10]
+    assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "should_stop", lambda self: self.step == stop)
+        assert run(*arguments, "--run-dir", tmp_path / "parts") == 128
     teacher.unlink()
-    assert run("--resume", tmp_path / "parts", "--steps", 6) == 0
+    assert run("--resume", tmp_path / "parts") == 0
     whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
     for part in ("model", "ema", "fake", "optimizers", "fake_optimizers", "teacher", "config", "guidance"):
         assert_equal_states(whole[part], parts[part])
@@ -193,10 +200,16 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
         assert not torch.equal(whole["fake"][name], whole["teacher"]["ema"][name])
     assert whole["network"] == "ShortcutDiT" and whole["guidance"] == 1.0
     assert whole["args"]["guidance"] == [2.0, 300, 800]
+
+
+def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
+    small = ["--dataset", images, "--batch-size", 16, "--no-compile", "--device", "cpu", "--steps", 6]
+    assert run(tiny_run, *small, "--run-dir", tmp_path / "parts") == 0
+    parts = checkpoint.load(tmp_path / "parts")
     with pytest.raises(UsageError, match="--guidance was .* in this run and cannot change"):
         run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
     with pytest.raises(UsageError, match="is distilled already"):
-        run(tmp_path / "whole", "--dataset", images)
+        run(tmp_path / "parts", "--dataset", images)
     for command, folder in ((train.main, tmp_path / "parts"), (main, tiny_run)):  # each resumes its own runs
         with pytest.raises(CheckpointError, match="was not begun by"):
             command(["--resume", str(folder), "--steps", "30"])
@@ -212,7 +225,7 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
 
 def new_trainer(tiny_run) -> DistillTrainer:
     words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--precision", "fp32"]
-    args, device = build_parser().settings([*words, "--guidance", "3", "300", "800"])
+    args, device = build_parser().settings([*words, "--guidance", "3", "300", "800", "--steps", "10"])
     return DistillTrainer(load_model(tiny_run), args, device)
 
 
@@ -231,6 +244,21 @@ def test_a_dry_run_of_distilling_changes_nothing(trainer, tiny_run):
     assert_equal_states(trainer.state(), other.state())
 
 
+def test_fake_learns_only_while_samples_are_matched_and_from_them_alone(trainer):
+    x0, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    before = copy.deepcopy(trainer.fake.state_dict())
+    trainer.step(6, x0, y)
+    assert_equal_states(trainer.fake.state_dict(), before)
+    student = copy.deepcopy(trainer.model.state_dict())
+    times, _, eps = trainer.randomness(7)
+    assert times.shape == (20, 3 + FAKE_UPDATES) and eps.shape == (20, 2 + 2 * FAKE_UPDATES, 1, 8, 8)
+    trainer.update_fake(x0, y, times[:, 3], eps[:, 2:])
+    assert_equal_states(trainer.model.state_dict(), student)
+    after = trainer.fake.state_dict()
+    same = {name for name in after if torch.equal(after[name], before[name])}
+    assert same == {"pos_embed", "d_embedder.mlp.0.weight", "d_embedder.mlp.0.bias"}  # behind a layer of zeros at first
+
+
 def test_steps_are_learned_from_the_guided_teacher_and_the_distribution_from_one_less_guided(trainer):
     x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.tensor([299, 300, 800])
     conditional, unconditional = trainer.teacher.model(x, t, y), trainer.teacher.model(x, t)
@@ -242,25 +270,30 @@ def test_steps_are_learned_from_the_guided_teacher_and_the_distribution_from_one
     torch.testing.assert_close(trainer.teach(x, t, y, fraction=0.4), guided([1.0, 1.8, 1.8]))
 
 
-def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(trainer):
-    """For an image that is sampled in one step: 0.1 of its shortcut loss, 0.25 of its matching loss, and that of
-    `fake`, which is only for these images; for others the shortcut loss."""
+@pytest.mark.parametrize("step", [0, 9])
+def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(trainer, step):
+    """First the shortcut loss; later, for every other image, half of its matching loss."""
     trainer.ddp_model.require_backward_grad_sync = True  # as a step sets it
-    t, _, eps = trainer.randomness(0)
+    torch.nn.init.normal_(trainer.fake.d_embedder.mlp[2].weight)
+    times, _, eps = trainer.randomness(step)
     x0, y = torch.rand(20, 1, 8, 8) * 2 - 1, torch.arange(20) % 3
     expected = []
     for i in range(20):
         n, d = slice(i, i + 1), trainer.diffusion
-        loss, x = shortcut_loss(d, trainer.model, trainer.ema, trainer.teach_spans, x0[n], y[n], t[n, :2], eps[n, 0])
-        if i % 10 < 2:
-            matching, fake = matching_loss(
-                d, lambda x, t, y: trainer.teach(x, t, y, 0.4), trainer.fake, x, y[n], t[n, 2], eps[n, 1]
+        spans = times[n, :2]
+        x_t = d.q_sample(x0[n], spans[:, 0], eps[n, 0])
+        x0_hat = trainer.model(x_t, spans, y[n])
+        if step and i % 2:
+            loss = 0.5 * matching_loss(
+                d, x0_hat, lambda x, t, y: trainer.teach(x, t, y, 0.3), with_sizes_of(spans, trainer.fake), y[n],
+                times[n, 2], eps[n, 1],
             )
-            loss = 0.1 * loss + 0.25 * matching + fake
+        else:
+            loss = shortcut_loss(d, x0_hat, trainer.ema, trainer.teach_spans, x_t, y[n], spans)
         expected.append(loss.item())
-    for size in (20, 5):  # in micro-batches of 5, every other has no image that is sampled in one step
+    for size in (20, 5, 1):
         parts = [slice(i, i + size) for i in range(0, 20, size)]
-        means = [trainer.loss(x0[n], y[n], t[n], eps[n]).item() for n in parts]
+        means = [trainer.loss(x0[n], y[n], times[n], eps[n]).item() for n in parts]
         assert sum(means) / len(means) == pytest.approx(sum(expected) / 20, rel=1e-4)
 
 
