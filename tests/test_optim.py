@@ -24,6 +24,18 @@ def test_orthogonalize_equals_its_iteration(shapes):
         torch.testing.assert_close(ours.double(), X, atol=1e-4, rtol=1e-3)
 
 
+def test_bfloat16_orthogonalizes_almost_as_well():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((128, 384), (512, 128)):
+        U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        for values in (torch.linspace(0.5, 1, 128), torch.logspace(0, -3, 128)):
+            exact, G = (U @ Vh).flatten(), U * values @ Vh
+            results = [orthogonalize([G], dtype)[0].flatten() for dtype in (torch.float32, torch.bfloat16)]
+            near = [torch.cosine_similarity(X, exact, dim=0) for X in results]
+            assert near[1] > near[0] - 0.01
+            assert torch.cosine_similarity(*results, dim=0) > 0.985
+
+
 def test_singular_values_come_out_near_one():
     (out,) = orthogonalize([torch.randn(32, 96, generator=torch.Generator().manual_seed(0))])
     values = torch.linalg.svdvals(out)
@@ -65,7 +77,7 @@ def test_muon_agrees_with_that_of_torch(monkeypatch):
 
 
 def settings(**options) -> argparse.Namespace:
-    usual = dict(lr=1.0, warmup=10, steps=110, lr_schedule="cosine", optimizer="muon")
+    usual = dict(lr=1.0, warmup=10, steps=110, lr_schedule="cosine", optimizer="muon", precision="fp32")
     return argparse.Namespace(**{**usual, **options})
 
 
