@@ -222,9 +222,9 @@ def matching_loss(
 class DistillTrainer(Trainer):
     """A student in training, and later the network `fake` beside it. They begin as copies of the teacher.
 
-    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training it learns them from half of each
-    batch, and samples from the other half are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of
-    its own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2).
+    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch is for that
+    and the other half for samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
+    own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2).
     """
 
     network = ShortcutDiT
