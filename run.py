@@ -461,6 +461,7 @@ def centred_median(values: Tensor, reach: int = 50) -> Tensor:
 def plot_loss(folder: Path) -> None:
     """Plot loss.png from log.jsonl, unless that is empty."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     entries = read_log(folder)
     if not entries:
@@ -472,6 +473,10 @@ def plot_loss(folder: Path) -> None:
     axes.set_title(folder.name, parse_math=False)
     axes.plot(steps, losses, alpha=0.3, linewidth=0.5, label="each batch")
     axes.plot(steps, centred_median(losses), label="centred median")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks, such as Chinese ones

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -49,7 +50,7 @@ from sampling import (  # noqa: E402
 BLUE, ORANGE, GREEN, GREY, PALE, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#DCE9F3", "#222222"
 WIDTH, DPI = 7.0, 220  # inches of every figure, so that letters have the same size in all of them, and dots an inch
 SMALL = 9              # points of small letters; the others have 11
-COUNT = 2000           # samples behind each number
+COUNT = 1000           # samples behind each number
 LABELS = torch.arange(10)
 NAMES = [str(digit) for digit in range(10)]
 
@@ -291,7 +292,10 @@ def loss() -> None:
     lower.set_xticks(MARKS, [f"{step:,}" for step in MARKS])
     lower.set_xticks([], minor=True)
     lower.set_ylabel("loss")
-    lower.grid(alpha=0.25)
+    lower.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.yaxis.set_minor_formatter("{x:g}")
+    lower.grid(alpha=0.25, which="both")
     lower.legend(fontsize=SMALL)
     save(figure, "loss")
 
