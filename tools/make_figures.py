@@ -1,6 +1,6 @@
 """Make the figures of the pages, each from the code and the weights of this repository.
 
-    python tools/make_figures.py                            all of them, about an hour on two CPU cores
+    python tools/make_figures.py                            all of them, about half an hour on two CPU cores
     python tools/make_figures.py diffusion guidance         these two
 
 `loss` trains a network for 5,000 steps in runs/figure first, and resumes this training where it was interrupted. No
@@ -198,14 +198,14 @@ def guidance() -> None:
     names = [f"w = {setting['guidance']:g}" for setting in settings]
     images = torch.stack([trained.sample(LABELS, 10, **setting) for setting in settings])
     values = [measure_samples(trained, reference, n, **setting) for n, setting in zip(names, settings, strict=True)]
-    figure = canvas(3.2)
+    figure = canvas(2.8)
     left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
     mosaic(left, images, names, NAMES, gap=1)
     rows = np.arange(len(names)) + 0.5
     for measured, colour in (("accuracy", BLUE), ("recall", ORANGE)):
         curve = [value[measured] for value in values]
         right.plot(curve, rows, "o-", color=colour, linewidth=2)
-        right.text(curve[-1], len(rows) - 0.25, measured, color=colour, ha="center", va="top", size=SMALL)
+        right.text(curve[-1], len(rows) + 0.1, measured, color=colour, ha="center", va="top", size=SMALL)
     right.set(xlim=(0, 1.05), ylim=(len(rows), 0), yticks=rows, xticks=[0, 0.5, 1])
     right.set_yticklabels([])
     right.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
@@ -272,24 +272,27 @@ def loss() -> None:
         status = train.main(how, KeepingTrainer)
         if status:
             raise SystemExit(status)
-    reference, digits, shown, accuracy = Reference(), torch.tensor([2, 3, 5]), [], []
+    reference, digits, shown, names = Reference(), torch.tensor([2, 3, 5]), [], []
     for step in MARKS:
         trained = load_model(folder / f"step_{step}.safetensors")
         shown.append(trained.sample(digits, len(digits)))
-        accuracy.append(measure_samples(trained, reference, f"step {step}")["accuracy"])
+        values = measure_samples(trained, reference, f"step {step}")
+        rho = round(values["rho"], 0 if values["rho"] > 10 else 1)
+        names.append(f"{values['accuracy']:.0%}\n{rho:,g}")
     losses = torch.tensor([entry["loss"] for entry in read_log(folder)])
     steps, median = range(1, len(losses) + 1), centred_median(losses)
-    figure = canvas(5.6)
-    upper, lower = figure.subplots(2, 1, height_ratios=[1, 2])
-    names = [f"{100 * value:.0f}%" for value in accuracy]
+    figure = canvas(5.8)
+    upper, lower = figure.subplots(2, 1, height_ratios=[1, 1.6])
     mosaic(upper, torch.stack(shown, 1), [str(digit) for digit in digits.tolist()], names)
-    upper.set_title(f"samples of the averaged weights, and accuracy of {COUNT:,} of them")
+    upper.tick_params(axis="x", labelsize=SMALL)
+    upper.annotate("accuracy\nrho", (0, 1), (-4, 4), "axes fraction", "offset points", size=SMALL, ha="right")
+    upper.set_title(f"samples of the averaged weights; accuracy and rho of {COUNT:,} samples")
     lower.plot(steps, losses, color=GREY, alpha=0.6, linewidth=0.6, label="each batch")
     lower.plot(steps, median, color=BLUE, linewidth=2, label="centred median")
     lower.plot(MARKS, median[[step - 1 for step in MARKS]], "o", color=ORANGE, label="samples above")
     ratio = (MARKS[-1] / MARKS[0]) ** (0.5 / (len(MARKS) - 1))  # so that each sample is above its step
     lower.set(xscale="log", yscale="log", xlim=(MARKS[0] / ratio, MARKS[-1] * ratio), xlabel="training step")
-    lower.set_xticks(MARKS, [f"{step:,}" for step in MARKS])
+    lower.set_xticks(MARKS, [f"{step:,}" for step in MARKS], fontsize=SMALL)
     lower.set_xticks([], minor=True)
     lower.set_ylabel("loss")
     lower.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
