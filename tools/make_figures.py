@@ -358,7 +358,7 @@ def inpainting() -> None:
     trained, shown = load_model(BUNDLED_WEIGHTS), []
     halves = ("left", "right", "top", "bottom")
     for half in halves:
-        image, mask = read_half(half, ASSETS / "three.png", trained)
+        image, mask = read_half(half, ROOT / "assets" / "three.png", trained)
         known = torch.where(mask, image, torch.zeros(()))  # grey where nothing is known
         shown.append(torch.cat([known, trained.sample(LABELS, 10, inpaint=(image, mask))]))
     figure = canvas(3.2)
