@@ -449,19 +449,35 @@ def read_log(folder: Path) -> list[dict]:
     return [entry for _, entry in sorted(entries.items())]
 
 
+def centred_median(values: Tensor, reach: int = 50) -> Tensor:
+    """The median (n,) of each of values (n,) and its neighbours: as many on either side, `reach` or what there is.
+
+    Loss falls steeply at first, and a median of unequal sides would be that of other steps. Only at the end, where it
+    is almost flat, are there fewer neighbours on the right.
+    """
+    windows = (values[i - min(i, reach) : i + min(i, reach) + 1] for i in range(len(values)))
+    return torch.stack([window.median() for window in windows])
+
+
 def plot_loss(folder: Path) -> None:
     """Plot loss.png from log.jsonl, unless that is empty."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     entries = read_log(folder)
     if not entries:
         return
     losses, steps = torch.tensor([entry["loss"] for entry in entries]), [entry["step"] for entry in entries]
-    window = min(len(losses), 100)
-    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
+        xlabel="training step", ylabel="loss", xscale="log", yscale="log"
+    )
     axes.set_title(folder.name, parse_math=False)
     axes.plot(steps, losses, alpha=0.3, linewidth=0.5, label="each batch")
-    axes.plot(steps[window - 1 :], losses.unfold(0, window, 1).mean(1), label=f"mean of {window}")
+    axes.plot(steps, centred_median(losses), label="centred median")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks, such as Chinese ones

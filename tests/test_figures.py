@@ -15,8 +15,8 @@ def made(monkeypatch, tmp_path):
     monkeypatch.setattr(make_figures, "ASSETS", tmp_path)
     monkeypatch.setattr(make_figures, "COUNT", 20)
 
-    def make(name, *arguments):
-        make_figures.FIGURES[name](*arguments)
+    def make(name):
+        make_figures.FIGURES[name]()
         (path,) = tmp_path.iterdir()
         return Image.open(path)
 
@@ -41,8 +41,21 @@ def test_the_animation_ends_with_the_digits(made):
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_run_is_plotted_with_its_samples(made, tiny_run):
-    assert made("loss", tiny_run).width == 1540
+def test_the_loss_figure_trains_its_own_network(made, monkeypatch, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    monkeypatch.setattr(make_figures, "RUNS", runs)
+    monkeypatch.setattr(make_figures, "MARKS", (1, 2, 4))
+    monkeypatch.setattr(make_figures, "TRAINING", "--steps 4 --dataset mnist-5000 --batch-size 8 --no-compile".split())
+    assert made("loss").width == 1540
+    for step in (1, 2, 4):
+        assert make_figures.load_model(runs / "figure" / f"step_{step}.safetensors").description["step"] == step
+
+
+def test_the_median_of_a_curve_is_centred():
+    values = torch.tensor([9.0, 1.0, 2.0, 3.0, 100.0, 5.0, 6.0])
+    assert make_figures.centred_median(values, reach=1).tolist() == [9, 2, 2, 3, 5, 6, 5]
+    rising = torch.arange(200.0)
+    assert torch.equal(make_figures.centred_median(rising)[:150], rising[:150])
 
 
 def test_attention_weights_add_up_to_one(monkeypatch):
