@@ -27,7 +27,7 @@ from dataset import bundled_digits
 from distill import ShortcutModel
 from dit import Attention
 from inference import load_model
-from sampling import TrainedModel, image_noise
+from sampling import TrainedModel, grid, image_noise
 
 try:
     import onnx
@@ -142,6 +142,9 @@ def save_page(folder: Path, networks: dict[str, TrainedModel]) -> None:
     digits = bundled_digits()
     some = torch.cat([digits.pixels[digits.labels == label][:DIGITS_A_CLASS] for label in range(10)])
     (folder / "digits.bin").write_bytes(some.numpy().tobytes())
+    path = []  # x_t from noise to a digit, for the eye while the networks load
+    networks["full"].sample(torch.tensor([3]), 1, show_progress=False, callback=lambda t, x_t, _: path.append(x_t[0]))
+    grid(torch.stack(path[1::2]), columns=10, gap=0).save(folder / "poster.png")
     for name, trained in networks.items():
         save_network(trained, folder / name)
 

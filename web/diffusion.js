@@ -20,6 +20,7 @@ function from_beta(beta) {
 }
 
 const range = (n) => Array.from({ length: n }, (_, i) => i);
+const round = (v) => (v % 1 === 0.5 ? 2 * Math.round(v / 2) : Math.round(v)); // halves to the even number, as Python
 
 export const SCHEDULES = {
   linear: (T) => from_beta(range(T).map((t) => (1e-4 + ((0.02 - 1e-4) * t) / (T - 1)) * (1000 / T))),
@@ -79,9 +80,9 @@ export function guide(model, y, null_class, scale = 1, interval = null) {
 const pairwise = (timesteps) => timesteps.map((t, i) => [t, timesteps[i + 1] ?? -1]);
 
 export const spaced_timesteps = (T, steps) =>
-  range(steps).map((i) => (steps === 1 ? T - 1 : Math.round((T - 1) * (1 - i / (steps - 1)))));
+  range(steps).map((i) => (steps === 1 ? T - 1 : round((T - 1) * (1 - i / (steps - 1)))));
 
-export const shortcut_timesteps = (T, steps) => range(steps).map((i) => Math.round((T * (steps - i)) / steps) - 1);
+export const shortcut_timesteps = (T, steps) => range(steps).map((i) => round((T * (steps - i)) / steps) - 1);
 
 export function ddim_step(diffusion, x_t, x0_hat, t, s) {
   const { alpha, sigma } = diffusion;

@@ -1,0 +1,493 @@
+// The page: its state, which is also in its address; its controls, which change the state; and its sections, which show
+// it. Each section loads the networks that it needs when it comes near.
+
+import {
+  Diffusion, PIXELS, ddim, dpm_solver, guide, image_noise, shortcut, shortcut_timesteps, slerp, spaced_timesteps,
+} from "./diffusion.js";
+import { brush, decode, encode, normalized, paint } from "./drawing.js";
+import { bytes, frame, json, latest, load } from "./network.js";
+import { STRINGS } from "./strings.js";
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const range = (n) => Array.from({ length: n }, (_, i) => i);
+const DIGITS = range(10);
+const SEEDS = 1000;
+const UNFIT = 1; // the mean squared error from which strokes count as not fitting a label, see sections.begin
+
+// --------------------------------------------------------------------------------------------------------------- state
+
+const REAL = 5; // real digits a class, in digits.bin
+const DEFAULTS = {
+  lang: navigator.language.startsWith("zh") ? "zh" : "en",
+  label: 3, noise: 0, x: 0.5, y: 0.5,                       // pad
+  real: 4, which: 0, t: 600, own: "",                       // scrub
+  shared: 0,                                                // rows
+  guided: 0, scale: 1, low: 0, high: 999,                   // guidance; these three are the network's own, see start
+  part: "", rest: 0,                                        // begin
+  inside: 8, inside_t: 500, block: 2, patch: 5,             // look
+};
+const LARGEST = { label: 9, noise: SEEDS, x: 1, y: 1, real: 9, which: REAL - 1, t: 999, shared: SEEDS, guided: SEEDS,
+  scale: 4, low: 999, high: 999, rest: SEEDS, inside: 9, inside_t: 999, block: 4, patch: 15 };
+const state = { ...DEFAULTS };
+
+function read_address() {
+  const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  for (const [key, value] of Object.entries(DEFAULTS)) {
+    const text = given[key] ?? value;
+    state[key] = value;
+    if (key === "lang") state[key] = text in STRINGS ? text : value;
+    else if (typeof value === "string") state[key] = encode(decode(text));
+    else if (Number.isFinite(Number(text))) state[key] = fitting(key, Number(text));
+  }
+}
+
+function fitting(key, value) {
+  const whole = ["x", "y", "scale"].includes(key) ? value : Math.round(value);
+  return Math.min(LARGEST[key], Math.max(0, whole));
+}
+
+let writing;
+function write_address() { // not at each move, since browsers limit how often
+  clearTimeout(writing);
+  writing = setTimeout(() => {
+    const changed = Object.entries(state).filter(([key, value]) => value !== DEFAULTS[key]);
+    history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
+  }, 200);
+}
+
+const SECTION_OF = {
+  label: "pad", noise: "pad", x: "pad", y: "pad", real: "scrub", which: "scrub", t: "scrub", own: "scrub",
+  shared: "rows", guided: "guidance", scale: "guidance", low: "guidance", high: "guidance", part: "begin",
+  rest: "begin", inside: "look", inside_t: "look", block: "look", patch: "look",
+};
+
+function set(changes) {
+  for (const [key, value] of Object.entries(changes)) state[key] = key in LARGEST ? fitting(key, value) : value;
+  show_controls();
+  write_address();
+  for (const name of new Set(Object.keys(changes).map((key) => SECTION_OF[key]))) refresh[name]?.();
+}
+
+// ------------------------------------------------------------------------------------------------------------ language
+
+const say = (name, ...what) => STRINGS[state.lang][name](...what);
+
+function show_language() {
+  document.documentElement.lang = state.lang === "zh" ? "zh-CN" : "en";
+  document.title = $(`h1 [lang=${state.lang}]`).textContent;
+  for (const element of $$("[data-label]")) {
+    const text = STRINGS[state.lang][element.dataset.label];
+    element.setAttribute(element.tagName === "IMG" ? "alt" : "aria-label", text);
+  }
+  for (const group of $$(".digits")) {
+    for (const button of group.children) {
+      button.setAttribute("aria-label", `${STRINGS[state.lang][group.dataset.state]} ${button.textContent}`);
+    }
+  }
+  for (const section of $$("section")) show_status(section);
+}
+
+// What each section waits for, or why it does not work: [name of a message, ...what it is about].
+const statuses = {};
+function show_status(section) {
+  const [name, ...what] = statuses[section.id] ?? [];
+  const element = $(".status", section);
+  element.textContent = name ? say(name, ...what) : "";
+  element.classList.toggle("failed", ["wasm", "missing", "damaged", "failed"].includes(name));
+}
+
+function status(section, ...news) {
+  statuses[section.id] = news;
+  show_status(section);
+}
+
+// ------------------------------------------------------------------------------------------------------------ controls
+
+function show_controls() {
+  for (const slider of $$("input[data-state]")) slider.value = state[slider.dataset.state];
+  for (const output of $$("output[data-value]")) output.textContent = state[output.dataset.value];
+  for (const group of $$(".digits")) {
+    [...group.children].forEach((button, i) => button.setAttribute("aria-pressed", i === state[group.dataset.state]));
+  }
+  $(".knob").style.left = `${100 * state.x}%`;
+  $(".knob").style.top = `${100 * state.y}%`;
+}
+
+function add_buttons(group, count, first = 0) {
+  group.replaceChildren(...range(count).map((i) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: i + first });
+    button.onclick = () => choose(group.dataset.state, i);
+    return button;
+  }));
+}
+
+function choose(key, value) { // a real digit that is chosen again is another one, and replaces a drawing
+  const another = key === "real" && value === state.real && !state.own;
+  set({ [key]: value, ...(key === "real" ? { own: "", which: another ? (state.which + 1) % REAL : 0 } : {}) });
+}
+
+// Calls move([x, y], event) with where the pointer is, each from 0 to 1, and begin() where it is pressed.
+function follow(surface, move, { begin = () => {}, hovering = true } = {}) {
+  const place = (event) => {
+    const box = surface.getBoundingClientRect();
+    const inside = (v) => Math.min(1, Math.max(0, v));
+    move([inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height)]);
+  };
+  surface.onpointerdown = (event) => {
+    surface.setPointerCapture(event.pointerId);
+    begin();
+    place(event);
+  };
+  surface.onpointermove = (event) => {
+    if (!event.buttons && !(hovering && event.pointerType === "mouse")) return;
+    const events = event.getCoalescedEvents?.() ?? [];
+    for (const each of hovering || !events.length ? [event] : events) place(each);
+  };
+}
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+// Calls move([dx, dy]) for the arrow keys.
+function follow_arrows(surface, move) {
+  surface.addEventListener("keydown", (event) => {
+    if (!(event.key in ARROWS)) return;
+    event.preventDefault();
+    move(ARROWS[event.key]);
+  });
+}
+
+// A surface whose strokes are in state[key].
+function drawable(surface, key) {
+  let strokes = [], pen = [0.5, 0.25], down = false;
+  const begin = () => { strokes = [...decode(state[key]), []]; };
+  const move = (point) => {
+    pen = point;
+    const stroke = strokes.at(-1);
+    const [x, y] = stroke.at(-1) ?? [2, 2];
+    if (Math.hypot(point[0] - x, point[1] - y) < 1 / 32) return;
+    stroke.push(point);
+    set({ [key]: encode(strokes) });
+  };
+  follow(surface, move, { begin, hovering: false });
+  follow_arrows(surface, ([dx, dy]) => {
+    const inside = (v) => Math.min(1, Math.max(0, v));
+    pen = [inside(pen[0] + dx / 28), inside(pen[1] + dy / 28)];
+    if (down) move(pen);
+    refresh[SECTION_OF[key]]();
+  });
+  surface.addEventListener("keydown", (event) => {
+    if (event.key !== " ") return;
+    event.preventDefault();
+    down = !down;
+    if (down) { begin(); move(pen); }
+    refresh[SECTION_OF[key]]();
+  });
+  surface.addEventListener("focus", () => refresh[SECTION_OF[key]]?.());
+  surface.addEventListener("blur", () => { down = false; refresh[SECTION_OF[key]]?.(); });
+  // Shows an image, and for those who draw by keys the pen.
+  return (image) => {
+    const [px, py] = pen.map((v) => Math.min(27, Math.floor(28 * v)));
+    const visible = surface.matches(":focus-visible");
+    paint(surface, image, 0, (v, x, y) => visible && x === px && y === py ? (down ? [230, 120, 40] : [0, 140, 220]) : [v, v, v]);
+  };
+}
+
+// The section that digit keys act on: that of the focus, or else the one in the middle of the window.
+function current_section() {
+  const focused = document.activeElement?.closest?.("section");
+  const middle = (section) => {
+    const box = section.getBoundingClientRect();
+    return Math.abs((box.top + box.bottom - innerHeight) / 2);
+  };
+  return focused ?? $$("section").reduce((a, b) => (middle(b) < middle(a) ? b : a));
+}
+
+// ------------------------------------------------------------------------------------------------------------ sections
+
+let digits; // real ones, as in digits.bin
+const real = (label, which) => digits.subarray((label * REAL + which) * PIXELS, (label * REAL + which + 1) * PIXELS);
+const EPS = image_noise(SEEDS + 1); // the noise under which real digits are shown
+const copies = (image, n) => {
+  const all = new Float32Array(n * image.length);
+  for (const i of range(n)) all.set(image, i * image.length);
+  return all;
+};
+const milliseconds = (ms) => (ms < 10 ? ms.toFixed(1) : ms.toFixed(0));
+const paint_all = (strip, images) => [...strip.children].forEach((cell, i) => paint($("canvas", cell) ?? cell, images, i));
+
+async function last(steps) {
+  let x0_hat;
+  for await (x0_hat of steps);
+  return x0_hat;
+}
+
+// Each becomes a function that shows the section, once its networks are there. It gets these networks, by name, and
+// returns a function that is called, with one that says whether it is overtaken, whenever the state has changed.
+const sections = {
+  pad({ fast }) {
+    const one_step = (x, labels) =>
+      last(shortcut(fast.diffusion, fast.model, labels, x, shortcut_timesteps(fast.diffusion.T, 1)));
+    let shown, noises;
+    return async () => {
+      if (shown !== `${state.label} ${state.noise}`) {
+        shown = `${state.label} ${state.noise}`;
+        const all = image_noise(state.noise, 4);
+        noises = range(4).map((i) => all.subarray(i * PIXELS, (i + 1) * PIXELS));
+        const corners = await one_step(all, Array(4).fill(state.label));
+        $$(".corner").forEach((canvas, i) => paint(canvas, corners, i));
+      }
+      const [top, bottom] = [slerp(noises[0], noises[1], state.x), slerp(noises[2], noises[3], state.x)];
+      const x = slerp(top, bottom, state.y);
+      const digit = await one_step(x, [state.label]);
+      $("#pad-ms").textContent = say("call", milliseconds(fast.model.ms));
+      paint($(".noise"), x.map((v) => v / 3));
+      paint($("#digit"), digit);
+    };
+  },
+
+  scrub({ full }) {
+    const { alpha, sigma, T } = full.diffusion;
+    for (const [name, values] of Object.entries({ alpha, sigma })) {
+      const points = range(T).map((t) => `${(1000 * t) / (T - 1)},${195 - 190 * values[t]}`);
+      $(`#curves .${name}`).setAttribute("d", `M${points.join("L")}`);
+    }
+    const show_own = drawable($("#own"), "own");
+    return async () => {
+      const strokes = decode(state.own);
+      const x0 = strokes.length ? brush(normalized(strokes)).image : real(state.real, state.which);
+      const x_t = full.diffusion.q_sample(x0, state.t, EPS);
+      show_own(strokes.length ? brush(strokes).image : x0);
+      paint($("#noisy"), x_t);
+      $("#alpha").textContent = alpha[state.t].toFixed(2);
+      $("#sigma").textContent = sigma[state.t].toFixed(2);
+      for (const end of ["x1", "x2"]) $("#curves .mark").setAttribute(end, (1000 * state.t) / (T - 1));
+      const out = await full.model(x_t, state.t, [full.about.num_classes]);
+      paint($("#predicted"), full.diffusion.predict_x0(out, x_t, state.t));
+    };
+  },
+
+  rows(networks) {
+    const T = networks.full.diffusion.T;
+    const steps_of = (name, steps, x) => {
+      const { diffusion, model, about } = networks[name];
+      if (name === "fast") return shortcut(diffusion, model, DIGITS, x, shortcut_timesteps(T, steps));
+      const predict = guide(model, DIGITS, about.num_classes, about.guidance, about.interval);
+      return dpm_solver(diffusion, predict, x, spaced_timesteps(T, steps));
+    };
+    return async (overtaken) => {
+      const x = image_noise(state.shared, 10);
+      for (const strip of $$("[data-row]")) {
+        const [name, steps] = strip.dataset.row.split(" ");
+        let ms = 0;
+        for await (const x0_hat of steps_of(name, Number(steps), x)) {
+          ms += networks[name].model.ms;
+          paint_all(strip, x0_hat);
+          await frame();
+          if (overtaken()) return;
+        }
+        strip.nextElementSibling.textContent = `${milliseconds(ms)} ms`;
+      }
+    };
+  },
+
+  guidance({ full }) {
+    const T = full.diffusion.T;
+    const timesteps = spaced_timesteps(T, Math.min(20, T));
+    const show_timeline = (now) => {
+      const at = (t) => (1000 * t) / (T - 1);
+      const inside = (t) => state.low <= t && t <= state.high;
+      const marks = timesteps.map((t) => `<line class="${inside(t) ? "inside" : ""} ${t === now ? "now" : ""}"
+        x1="${at(t)}" x2="${at(t)}" y1="${t === now ? 0 : 12}" y2="${t === now ? 40 : 28}"/>`);
+      $("#timeline").innerHTML = `<rect x="${at(state.low)}" y="8" width="${at(state.high) - at(state.low)}" height="24"/>`
+        + marks.join("");
+    };
+    return async (overtaken) => {
+      const predict = guide(full.model, DIGITS, full.about.num_classes, state.scale, [state.low, state.high]);
+      const steps = dpm_solver(full.diffusion, predict, image_noise(state.guided, 10), timesteps);
+      let ms = 0, i = 0;
+      for await (const x0_hat of steps) {
+        ms += full.model.ms;
+        paint_all($("#guided"), x0_hat);
+        show_timeline(timesteps[i++]);
+        await frame();
+        if (overtaken()) return;
+      }
+      show_timeline();
+      $("#guided-ms").textContent = say("ten", milliseconds(ms));
+    };
+  },
+
+  begin({ fast }) {
+    const { T } = fast.diffusion;
+    const timesteps = shortcut_timesteps(T, 4);
+    const show_part = drawable($("#part"), "part");
+    const cells = $(".fives");
+
+    // How badly the strokes fit each label, (10,). Each completed image is put under noise again; at this much noise
+    // the network shows what it expects of the label. If that is something else where the strokes are, they do not fit.
+    async function misfit(images, mask) {
+      const errors = Array(10).fill(0), noises = 4, [t, s] = [timesteps[1], timesteps[2]];
+      for (const noise of range(noises)) {
+        const x_t = fast.diffusion.q_sample(images, t, copies(image_noise(noise), 10));
+        const x0_hat = fast.diffusion.predict_x0(await fast.model(x_t, t, DIGITS, t - s), x_t, t);
+        x0_hat.forEach((v, i) => {
+          if (mask[i % PIXELS]) errors[Math.floor(i / PIXELS)] += (v - images[i]) ** 2;
+        });
+      }
+      return errors.map((error) => error / noises / mask.filter(Boolean).length);
+    }
+
+    return async (overtaken) => {
+      const { image, mask } = brush(decode(state.part));
+      show_part(image);
+      const keep = (x0_hat) => x0_hat.map((v, i) => (mask[i % PIXELS] ? image[i % PIXELS] : Math.min(1, Math.max(-1, v))));
+      let ms = 0, images;
+      for await (images of shortcut(fast.diffusion, fast.model, DIGITS, image_noise(state.rest, 10), timesteps, keep)) {
+        ms += fast.model.ms;
+        paint_all(cells, images);
+        await frame();
+      }
+      $("#begin-ms").textContent = say("ten", milliseconds(ms));
+      if (overtaken()) return;
+      const errors = state.part ? await misfit(images, mask) : Array(10).fill(0);
+      [...cells.children].forEach((cell, i) => {
+        cell.classList.toggle("unfit", errors[i] > UNFIT);
+        cell.title = errors[i] > UNFIT ? STRINGS[state.lang].unfit : "";
+      });
+    };
+  },
+
+  look({ full }) {
+    const { patch_size, num_heads, depth } = full.about;
+    const side = 28 / patch_size, N = side * side;
+    LARGEST.patch = N - 1;
+    LARGEST.block = depth - 1;
+    add_buttons($("[data-state=block]"), depth, 1);
+    $(".heads").replaceChildren(...range(num_heads).map(() => {
+      const figure = document.createElement("figure");
+      figure.append(document.createElement("canvas"), document.createElement("figcaption"));
+      return figure;
+    }));
+    const surface = $("#patches");
+    $(".frame", surface).style.width = `${100 / side}%`;
+    surface.style.setProperty("--side", side);
+    const choose_patch = (x, y) => set({ patch: Math.min(side - 1, Math.max(0, y)) * side + Math.min(side - 1, Math.max(0, x)) });
+    follow(surface, ([x, y]) => choose_patch(Math.floor(x * side), Math.floor(y * side)));
+    follow_arrows(surface, ([dx, dy]) => choose_patch((state.patch % side) + dx, Math.floor(state.patch / side) + dy));
+    set({ patch: state.patch, block: state.block });
+    return async () => {
+      const x_t = full.diffusion.q_sample(real(state.inside, 0), state.inside_t, EPS);
+      const [out, maps] = await full.maps(x_t, state.inside_t, [state.inside]);
+      const x0_hat = full.diffusion.predict_x0(out, x_t, state.inside_t);
+      paint($("canvas", surface), x_t);
+      $(".frame", surface).style.left = `${((state.patch % side) * 100) / side}%`;
+      $(".frame", surface).style.top = `${(Math.floor(state.patch / side) * 100) / side}%`;
+      $$(".heads figure").forEach((figure, head) => {
+        const row = ((state.block * num_heads + head) * N + state.patch) * N; // what this patch takes from each
+        $("figcaption", figure).textContent = say("head", head + 1);
+        paint($("canvas", figure), x0_hat, 0, (grey, x, y) => {
+          const weight = Math.sqrt(maps[row + Math.floor(y / patch_size) * side + Math.floor(x / patch_size)]);
+          return [64, 170, 255].map((blue) => Math.round(0.35 * grey * (1 - weight) + blue * weight));
+        });
+      });
+    };
+  },
+};
+
+// A section, once it has come near and its networks are loaded, has a function here that shows it again.
+const refresh = {};
+
+async function open_section(section) {
+  const names = section.dataset.networks.split(" ");
+  try {
+    const megabytes = (n) => (n / 1e6).toFixed(1);
+    const progress = (what, ...sizes) => status(section, what, ...sizes.map(megabytes));
+    const opened = await Promise.all(names.map((name) => load(name, progress)));
+    digits ??= (await bytes("digits.bin"));
+    if (!(digits instanceof Float32Array)) digits = Float32Array.from(digits, (v) => v / 127.5 - 1);
+    for (const network of opened) network.diffusion ??= new Diffusion(network.about);
+    const show = sections[section.id](Object.fromEntries(names.map((name, i) => [name, opened[i]])));
+    refresh[section.id] = latest((overtaken) => show(overtaken).catch((error) => fail(section, error)));
+    status(section);
+    section.classList.add("ready");
+    refresh[section.id]();
+  } catch (error) {
+    fail(section, error);
+  }
+}
+
+function fail(section, { reason = "failed", what, message }) {
+  status(section, reason, what ?? message);
+}
+
+// ---------------------------------------------------------------------------------------------------------- the start
+
+async function start() {
+  for (const strip of $$(".strip")) strip.replaceChildren(...DIGITS.map(() => document.createElement("canvas")));
+  for (const labels of $$(".labels")) {
+    labels.replaceChildren(...DIGITS.map((i) => Object.assign(document.createElement("span"), { textContent: i })));
+  }
+  $(".fives").replaceChildren(...DIGITS.map((i) => {
+    const figure = document.createElement("figure");
+    figure.append(document.createElement("canvas"), Object.assign(document.createElement("figcaption"), { textContent: i }));
+    return figure;
+  }));
+  for (const group of $$(".digits")) add_buttons(group, group.dataset.state === "block" ? 5 : 10, group.dataset.state === "block" ? 1 : 0);
+
+  const about = await json("full.json").catch(() => null);
+  if (about) {
+    const last_timestep = about.timesteps - 1;
+    for (const key of ["t", "inside_t", "low", "high"]) LARGEST[key] = last_timestep;
+    const [low, high] = about.interval ?? [0, last_timestep];
+    Object.assign(DEFAULTS, { scale: about.guidance, low, high });
+  }
+  for (const slider of $$("input[data-state]")) slider.max = LARGEST[slider.dataset.state];
+  read_address();
+  show_language();
+  show_controls();
+
+  for (const slider of $$("input[data-state]")) {
+    slider.oninput = () => {
+      const [key, value] = [slider.dataset.state, Number(slider.value)];
+      const other = { low: { high: Math.max(value, state.high) }, high: { low: Math.min(value, state.low) } }[key];
+      set({ [key]: value, ...other });
+    };
+  }
+  for (const button of $$("[data-next]")) {
+    const key = button.dataset.next;
+    button.onclick = () => (key === "which" ? choose("real", state.real) : set({ [key]: (state[key] + 1) % SEEDS }));
+  }
+  $("#clear").onclick = () => set({ part: "" });
+  $("#language").onclick = () => { set({ lang: state.lang === "en" ? "zh" : "en" }); show_all(); };
+  $("#theme").onclick = () => {
+    const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
+      || (!document.documentElement.style.colorScheme && matchMedia("(prefers-color-scheme: dark)").matches);
+    document.documentElement.style.colorScheme = dark ? "light" : "dark";
+  };
+  follow($("#field"), ([x, y]) => set({ x, y }));
+  follow_arrows($("#field"), ([dx, dy]) => set({ x: state.x + 0.02 * dx, y: state.y + 0.02 * dy }));
+  document.addEventListener("keydown", (event) => {
+    if (!/^[0-9]$/.test(event.key) || event.ctrlKey || event.altKey || event.metaKey) return;
+    const key = { pad: "label", scrub: "real", look: "inside" }[current_section().id];
+    if (key) choose(key, Number(event.key));
+  });
+  addEventListener("hashchange", () => { read_address(); show_all(); });
+
+  const approach = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      approach.unobserve(target);
+      open_section(target);
+    }
+  }, { rootMargin: "300px" });
+  for (const section of $$("section")) approach.observe(section);
+}
+
+function show_all() {
+  show_language();
+  show_controls();
+  for (const show of Object.values(refresh)) show();
+}
+
+start();
