@@ -5,7 +5,7 @@ import {
   Diffusion, PIXELS, ddim, dpm_solver, guide, image_noise, shortcut, shortcut_timesteps, slerp, spaced_timesteps,
 } from "./diffusion.js";
 import { brush, decode, encode, normalized, paint } from "./drawing.js";
-import { bytes, frame, json, latest, load } from "./network.js";
+import { bytes, frame, json, latest, load, once } from "./network.js";
 import { STRINGS } from "./strings.js";
 
 const $ = (selector, root = document) => root.querySelector(selector);
@@ -13,7 +13,7 @@ const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const DIGITS = range(10);
 const SEEDS = 1000;
-const UNFIT = 1; // the mean squared error from which strokes count as not fitting a label, see sections.begin
+const UNFIT = 0.5; // from here on, strokes count as not fitting a label, see sections.begin
 
 // --------------------------------------------------------------------------------------------------------------- state
 
@@ -24,7 +24,7 @@ const DEFAULTS = {
   real: 4, which: 0, t: 600, own: "",                       // scrub
   shared: 0,                                                // rows
   guided: 0, scale: 1, low: 0, high: 999,                   // guidance; these three are the network's own, see start
-  part: "", rest: 0,                                        // begin
+  part: "UVWRYOcMfLjMnOpRrVrYpc", rest: 0,                    // begin: an example
   inside: 8, inside_t: 500, block: 2, patch: 5,             // look
 };
 const LARGEST = { label: 9, noise: SEEDS, x: 1, y: 1, real: 9, which: REAL - 1, t: 999, shared: SEEDS, guided: SEEDS,
@@ -160,7 +160,9 @@ function follow_arrows(surface, move) {
 // A surface whose strokes are in state[key].
 function drawable(surface, key) {
   let strokes = [], pen = [0.5, 0.25], down = false;
-  const begin = () => { strokes = [...decode(state[key]), []]; };
+  const begin = () => { // the first stroke replaces the example
+    strokes = [...(state[key] === DEFAULTS[key] ? [] : decode(state[key])), []];
+  };
   const move = (point) => {
     pen = point;
     const stroke = strokes.at(-1);
@@ -189,7 +191,8 @@ function drawable(surface, key) {
   return (image) => {
     const [px, py] = pen.map((v) => Math.min(27, Math.floor(28 * v)));
     const visible = surface.matches(":focus-visible");
-    paint(surface, image, 0, (v, x, y) => visible && x === px && y === py ? (down ? [230, 120, 40] : [0, 140, 220]) : [v, v, v]);
+    const color = down ? [240, 120, 45] : [64, 170, 255];
+    paint($("canvas", surface), image, 0, (v, x, y) => (visible && x === px && y === py ? color : [v, v, v]));
   };
 }
 
@@ -205,9 +208,13 @@ function current_section() {
 
 // ------------------------------------------------------------------------------------------------------------ sections
 
-let digits; // real ones, as in digits.bin
-const real = (label, which) => digits.subarray((label * REAL + which) * PIXELS, (label * REAL + which + 1) * PIXELS);
+// real(label, which) -> a real digit
+const real_digits = once(async () => {
+  const digits = Float32Array.from(await bytes("digits.bin"), (v) => v / 127.5 - 1);
+  return (label, which) => digits.subarray((label * REAL + which) * PIXELS, (label * REAL + which + 1) * PIXELS);
+});
 const EPS = image_noise(SEEDS + 1); // the noise under which real digits are shown
+const NEIGHBOURS = [-29, -28, -27, -1, 0, 1, 27, 28, 29]; // of a pixel, and itself
 const copies = (image, n) => {
   const all = new Float32Array(n * image.length);
   for (const i of range(n)) all.set(image, i * image.length);
@@ -241,12 +248,13 @@ const sections = {
       const x = slerp(top, bottom, state.y);
       const digit = await one_step(x, [state.label]);
       $("#pad-ms").textContent = say("call", milliseconds(fast.model.ms));
-      paint($(".noise"), x.map((v) => v / 3));
+      paint($(".noise"), x.map((v) => v / 4));
       paint($("#digit"), digit);
     };
   },
 
-  scrub({ full }) {
+  async scrub({ full }) {
+    const real = await real_digits();
     const { alpha, sigma, T } = full.diffusion;
     for (const [name, values] of Object.entries({ alpha, sigma })) {
       const points = range(T).map((t) => `${(1000 * t) / (T - 1)},${195 - 190 * values[t]}`);
@@ -324,18 +332,24 @@ const sections = {
     const show_part = drawable($("#part"), "part");
     const cells = $(".fives");
 
-    // How badly the strokes fit each label, (10,). Each completed image is put under noise again; at this much noise
-    // the network shows what it expects of the label. If that is something else where the strokes are, they do not fit.
+    // How badly the strokes fit each label, (10,): for each completed image, which is put under noise again, how much the
+    // network expects to be black there. So strokes may be a pixel away from where it expects them. Of parts of real
+    // digits, one in twenty is beyond UNFIT with its own label, and four in ten with another one, which need not be wrong.
     async function misfit(images, mask) {
       const errors = Array(10).fill(0), noises = 4, [t, s] = [timesteps[1], timesteps[2]];
+      const stroke = range(PIXELS).filter((p) => mask[p]);
       for (const noise of range(noises)) {
         const x_t = fast.diffusion.q_sample(images, t, copies(image_noise(noise), 10));
         const x0_hat = fast.diffusion.predict_x0(await fast.model(x_t, t, DIGITS, t - s), x_t, t);
-        x0_hat.forEach((v, i) => {
-          if (mask[i % PIXELS]) errors[Math.floor(i / PIXELS)] += (v - images[i]) ** 2;
-        });
+        const brightest = (i) => Math.max(...NEIGHBOURS.map((step) => x0_hat[i + step] ?? -1));
+        for (const label of DIGITS) {
+          for (const p of stroke) {
+            const i = label * PIXELS + p;
+            errors[label] += Math.max(0, images[i] - brightest(i)) ** 2 / stroke.length / noises;
+          }
+        }
       }
-      return errors.map((error) => error / noises / mask.filter(Boolean).length);
+      return errors;
     }
 
     return async (overtaken) => {
@@ -358,7 +372,8 @@ const sections = {
     };
   },
 
-  look({ full }) {
+  async look({ full }) {
+    const real = await real_digits();
     const { patch_size, num_heads, depth } = full.about;
     const side = 28 / patch_size, N = side * side;
     LARGEST.patch = N - 1;
@@ -366,12 +381,10 @@ const sections = {
     add_buttons($("[data-state=block]"), depth, 1);
     $(".heads").replaceChildren(...range(num_heads).map(() => {
       const figure = document.createElement("figure");
-      figure.append(document.createElement("canvas"), document.createElement("figcaption"));
+      figure.innerHTML = "<div class=framed><canvas></canvas></div><figcaption></figcaption>";
       return figure;
     }));
     const surface = $("#patches");
-    $(".frame", surface).style.width = `${100 / side}%`;
-    surface.style.setProperty("--side", side);
     const choose_patch = (x, y) => set({ patch: Math.min(side - 1, Math.max(0, y)) * side + Math.min(side - 1, Math.max(0, x)) });
     follow(surface, ([x, y]) => choose_patch(Math.floor(x * side), Math.floor(y * side)));
     follow_arrows(surface, ([dx, dy]) => choose_patch((state.patch % side) + dx, Math.floor(state.patch / side) + dy));
@@ -381,8 +394,8 @@ const sections = {
       const [out, maps] = await full.maps(x_t, state.inside_t, [state.inside]);
       const x0_hat = full.diffusion.predict_x0(out, x_t, state.inside_t);
       paint($("canvas", surface), x_t);
-      $(".frame", surface).style.left = `${((state.patch % side) * 100) / side}%`;
-      $(".frame", surface).style.top = `${(Math.floor(state.patch / side) * 100) / side}%`;
+      const place = { side, column: state.patch % side, row: Math.floor(state.patch / side) };
+      for (const [name, value] of Object.entries(place)) $("#look").style.setProperty(`--${name}`, value);
       $$(".heads figure").forEach((figure, head) => {
         const row = ((state.block * num_heads + head) * N + state.patch) * N; // what this patch takes from each
         $("figcaption", figure).textContent = say("head", head + 1);
@@ -404,10 +417,8 @@ async function open_section(section) {
     const megabytes = (n) => (n / 1e6).toFixed(1);
     const progress = (what, ...sizes) => status(section, what, ...sizes.map(megabytes));
     const opened = await Promise.all(names.map((name) => load(name, progress)));
-    digits ??= (await bytes("digits.bin"));
-    if (!(digits instanceof Float32Array)) digits = Float32Array.from(digits, (v) => v / 127.5 - 1);
     for (const network of opened) network.diffusion ??= new Diffusion(network.about);
-    const show = sections[section.id](Object.fromEntries(names.map((name, i) => [name, opened[i]])));
+    const show = await sections[section.id](Object.fromEntries(names.map((name, i) => [name, opened[i]])));
     refresh[section.id] = latest((overtaken) => show(overtaken).catch((error) => fail(section, error)));
     status(section);
     section.classList.add("ready");

@@ -32,7 +32,7 @@ export async function bytes(url, progress = () => {}) {
   }
 }
 
-const once = (work) => {
+export const once = (work) => {
   let result;
   return (...args) => (result ??= work(...args));
 };

@@ -46,9 +46,9 @@ export const STRINGS = {
     curves: "alpha 和 sigma 随 t 变化的曲线",
     timeline: "采样的各个时间步，以及引导的区间",
     part: "写一个数字的一部分：方向键移动笔，空格键提笔或落笔",
-    patches: "小块：用方向键选择",
-    label: "标签", real: "真实的数字", block: "block", inside: "数字",
-    head: (n) => `头 ${n}`,
+    patches: "图像块：用方向键选择",
+    label: "标签", real: "真实的数字", block: "模块", inside: "数字",
+    head: (n) => `注意力头 ${n}`,
     unfit: "与笔画不合",
   },
 };
