@@ -216,6 +216,22 @@ def test_its_noise_is_gaussian_and_its_arc_is_that_of_sampling_py(tmp_path):
         assert torch.allclose(torch.tensor(ours), slerp(a, b, fraction), atol=1e-4)
 
 
+def test_work_is_not_queued_behind_the_mouse_and_ends_with_the_latest(tmp_path):
+    shutil.copy(ROOT / "web" / "network.js", tmp_path / "network.mjs")
+    calls, seen = in_node(tmp_path, """
+      globalThis.requestAnimationFrame = (show) => setTimeout(show, 10);
+      const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+      const { latest } = await import("./network.mjs");
+      let calls = 0, seen, value;
+      const move = latest(async () => { calls += 1; seen = value; await pause(100); });
+      for (value = 1; value < 100; value++) { move(); if (value % 10 === 0) await pause(1); }
+      move();
+      await pause(800);
+      return [calls, seen];
+    """, None)
+    assert calls <= 3 and seen == 100
+
+
 # --------------------------------------------------------------------------------------------------------- the quotes
 
 
@@ -291,6 +307,7 @@ class Visit:
 
     def point(self, selector: str, x: float, y: float) -> tuple[float, float]:
         """The place in the window of a point (x, y), each from 0 to 1, of an element."""
+        self.page.locator(selector).scroll_into_view_if_needed()
         box = self.page.locator(selector).bounding_box()
         return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
@@ -383,8 +400,7 @@ def visiting(browser):
 def test_each_control_works_by_mouse(small_page, visiting):
     visit = visiting(small_page)
     visit.open(*SECTIONS)
-    page, show = visit.page, lambda section: visit.page.locator(f"#{section}").scroll_into_view_if_needed()
-    show("pad")
+    page = visit.page
     visit.changes("#digit", lambda: page.mouse.move(*visit.point("#field", 0.3, 0.8)))
     visit.changes("#digit", lambda: page.click("#pad .digits button >> nth=7"))
     visit.changes(".corner", lambda: page.click("[data-next=noise]"))
@@ -436,6 +452,7 @@ def test_each_control_works_by_keys(small_page, visiting):
                          ".every((e) => e.getAttribute('aria-label') || e.closest('label'))")
 
 
+@pytest.mark.slow
 def test_a_finger_moves_draws_and_chooses_and_the_page_fits_a_phone(small_page, visiting):
     visit = visiting(small_page, has_touch=True)
     visit.page.set_viewport_size(dict(width=360, height=700))
@@ -452,6 +469,7 @@ def test_a_finger_moves_draws_and_chooses_and_the_page_fits_a_phone(small_page, 
     visit.changes("#digit", lambda: visit.page.tap("[data-next=noise]"))
 
 
+@pytest.mark.slow
 def test_a_view_is_restored_from_its_address_in_either_language(small_page, visiting):
     visit = visiting(small_page)
     visit.open("pad", "scrub", hash="#lang=zh&label=2&noise=5&x=0.1&y=0.9&t=12&own=aBcDeFgH.IjKl&scale=x&odd=1")
@@ -472,6 +490,7 @@ def test_a_view_is_restored_from_its_address_in_either_language(small_page, visi
     assert again.page.locator("#pad [aria-pressed=true]").inner_text() == "9"
 
 
+@pytest.mark.slow
 def test_light_and_dark(small_page, visiting):
     visit = visiting(small_page, color_scheme="dark")
     visit.open()
@@ -483,6 +502,7 @@ def test_light_and_dark(small_page, visiting):
     assert visit.page.evaluate(background) == dark
 
 
+@pytest.mark.slow
 def test_what_does_not_load_is_said(small_page, visiting):
     def complaint(block: str | None = None, script: str = "", hash: str = "") -> str:
         visit = visiting(small_page, errors=block is not None)
@@ -496,22 +516,6 @@ def test_what_does_not_load_is_said(small_page, visiting):
     assert "fast.onnx" in complaint("**/fast.onnx", hash="#lang=zh")
     assert PINNED in complaint(f"{PINNED}*.mjs")
     assert "WebAssembly" in complaint(script="delete globalThis.WebAssembly")
-
-
-def test_events_do_not_queue(small_page, visiting):
-    visit = visiting(small_page)
-    visit.open("pad")
-    calls = visit.page.evaluate("""async () => {
-      const { latest } = await import("./network.js");
-      let calls = 0, seen, value;
-      const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-      const work = latest(async () => { calls += 1; seen = value; await pause(100); });
-      for (value = 1; value < 100; value++) { work(); if (value % 10 === 0) await pause(5); }
-      work();
-      await pause(800);
-      return [calls, seen];
-    }""")
-    assert calls[0] <= 4 and calls[1] == 100
 
 
 # ---------------------------------------------------------------------------------------------- the bundled networks

@@ -140,7 +140,7 @@ function follow(surface, move, { begin = () => {}, hovering = true } = {}) {
     place(event);
   };
   surface.onpointermove = (event) => {
-    if (!event.buttons && !(hovering && event.pointerType === "mouse")) return;
+    if (!surface.hasPointerCapture(event.pointerId) && !(hovering && event.pointerType === "mouse")) return;
     const events = event.getCoalescedEvents?.() ?? [];
     for (const each of hovering || !events.length ? [event] : events) place(each);
   };
