@@ -13,22 +13,27 @@ const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const DIGITS = range(10);
 const SEEDS = 1000;
+const clamp = (v, low = 0, high = 1) => Math.min(high, Math.max(low, v));
 const UNFIT = 0.5; // from here on, strokes count as not fitting a label, see sections.begin
 
 // --------------------------------------------------------------------------------------------------------------- state
 
 const REAL = 5; // real digits a class, in digits.bin
-const DEFAULTS = {
-  lang: navigator.language.startsWith("zh") ? "zh" : "en",
-  label: 3, noise: 0, x: 0.5, y: 0.5,                       // pad
-  real: 4, which: 0, t: 600, own: "",                       // scrub
-  shared: 0,                                                // rows
-  guided: 0, scale: 1, low: 0, high: 999,                   // guidance; these three are the network's own, see start
-  part: "UVWRYOcMfLjMnOpRrVrYpc", rest: 0,                    // begin: an example
-  inside: 8, inside_t: 500, block: 2, patch: 5,             // look
+const STATE = { // of each section, at first
+  pad: { label: 3, noise: 0, x: 0.5, y: 0.5 },
+  scrub: { real: 4, which: 0, t: 600, own: "" },
+  rows: { shared: 0 },
+  guidance: { guided: 0, scale: 1, low: 0, high: 999 },  // the last three are the network's own, see start
+  begin: { part: "UVWRYOcMfLjMnOpRrVrYpc", rest: 0 },    // an arc, as an example
+  look: { inside: 8, inside_t: 500, block: 2, patch: 5 },
 };
-const LARGEST = { label: 9, noise: SEEDS, x: 1, y: 1, real: 9, which: REAL - 1, t: 999, shared: SEEDS, guided: SEEDS,
-  scale: 4, low: 999, high: 999, rest: SEEDS, inside: 9, inside_t: 999, block: 4, patch: 15 };
+const LARGEST = {
+  label: 9, noise: SEEDS, x: 1, y: 1, real: 9, which: REAL - 1, t: 999, shared: SEEDS, guided: SEEDS, scale: 4,
+  low: 999, high: 999, rest: SEEDS, inside: 9, inside_t: 999, block: 4, patch: 15,
+};
+const SECTION_OF = Object.fromEntries(
+  Object.entries(STATE).flatMap(([section, keys]) => Object.keys(keys).map((key) => [key, section])));
+const DEFAULTS = Object.assign({ lang: navigator.language.startsWith("zh") ? "zh" : "en" }, ...Object.values(STATE));
 const state = { ...DEFAULTS };
 
 function read_address() {
@@ -44,7 +49,7 @@ function read_address() {
 
 function fitting(key, value) {
   const whole = ["x", "y", "scale"].includes(key) ? value : Math.round(value);
-  return Math.min(LARGEST[key], Math.max(0, whole));
+  return clamp(whole, 0, LARGEST[key]);
 }
 
 let writing;
@@ -55,12 +60,6 @@ function write_address() { // not at each move, since browsers limit how often
     history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
   }, 200);
 }
-
-const SECTION_OF = {
-  label: "pad", noise: "pad", x: "pad", y: "pad", real: "scrub", which: "scrub", t: "scrub", own: "scrub",
-  shared: "rows", guided: "guidance", scale: "guidance", low: "guidance", high: "guidance", part: "begin",
-  rest: "begin", inside: "look", inside_t: "look", block: "look", patch: "look",
-};
 
 function set(changes) {
   for (const [key, value] of Object.entries(changes)) state[key] = key in LARGEST ? fitting(key, value) : value;
@@ -114,10 +113,12 @@ function show_controls() {
   $(".knob").style.top = `${100 * state.y}%`;
 }
 
-function add_buttons(group, count, first = 0) {
-  group.replaceChildren(...range(count).map((i) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: i + first });
-    button.onclick = () => choose(group.dataset.state, i);
+function add_buttons(group) {
+  const key = group.dataset.state;
+  group.replaceChildren(...range(LARGEST[key] + 1).map((i) => {
+    const textContent = key === "block" ? i + 1 : i;
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent });
+    button.onclick = () => choose(key, i);
     return button;
   }));
 }
@@ -131,8 +132,7 @@ function choose(key, value) { // a real digit that is chosen again is another on
 function follow(surface, move, { begin = () => {}, hovering = true } = {}) {
   const place = (event) => {
     const box = surface.getBoundingClientRect();
-    const inside = (v) => Math.min(1, Math.max(0, v));
-    move([inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height)]);
+    move([clamp((event.clientX - box.left) / box.width), clamp((event.clientY - box.top) / box.height)]);
   };
   surface.onpointerdown = (event) => {
     surface.setPointerCapture(event.pointerId);
@@ -173,8 +173,7 @@ function drawable(surface, key) {
   };
   follow(surface, move, { begin, hovering: false });
   follow_arrows(surface, ([dx, dy]) => {
-    const inside = (v) => Math.min(1, Math.max(0, v));
-    pen = [inside(pen[0] + dx / 28), inside(pen[1] + dy / 28)];
+    pen = [clamp(pen[0] + dx / 28), clamp(pen[1] + dy / 28)];
     if (down) move(pen);
     refresh[SECTION_OF[key]]();
   });
@@ -221,7 +220,7 @@ const copies = (image, n) => {
   return all;
 };
 const milliseconds = (ms) => (ms < 10 ? ms.toFixed(1) : ms.toFixed(0));
-const paint_all = (strip, images) => [...strip.children].forEach((cell, i) => paint($("canvas", cell) ?? cell, images, i));
+const paint_all = (strip, images) => $$("canvas", strip).forEach((canvas, i) => paint(canvas, images, i));
 
 async function last(steps) {
   let x0_hat;
@@ -247,7 +246,7 @@ const sections = {
       const [top, bottom] = [slerp(noises[0], noises[1], state.x), slerp(noises[2], noises[3], state.x)];
       const x = slerp(top, bottom, state.y);
       const digit = await one_step(x, [state.label]);
-      $("#pad-ms").textContent = say("call", milliseconds(fast.model.ms));
+      $("#pad-ms").textContent = milliseconds(fast.model.ms);
       paint($(".noise"), x.map((v) => v / 4));
       paint($("#digit"), digit);
     };
@@ -294,7 +293,7 @@ const sections = {
           await frame();
           if (overtaken()) return;
         }
-        strip.nextElementSibling.textContent = `${milliseconds(ms)} ms`;
+        $("output", strip.parentElement).textContent = milliseconds(ms);
       }
     };
   },
@@ -307,8 +306,8 @@ const sections = {
       const inside = (t) => state.low <= t && t <= state.high;
       const marks = timesteps.map((t) => `<line class="${inside(t) ? "inside" : ""} ${t === now ? "now" : ""}"
         x1="${at(t)}" x2="${at(t)}" y1="${t === now ? 0 : 12}" y2="${t === now ? 40 : 28}"/>`);
-      $("#timeline").innerHTML = `<rect x="${at(state.low)}" y="8" width="${at(state.high) - at(state.low)}" height="24"/>`
-        + marks.join("");
+      const [x, width] = [at(state.low), at(state.high) - at(state.low)];
+      $("#timeline").innerHTML = `<rect x="${x}" y="8" width="${width}" height="24"/>${marks.join("")}`;
     };
     return async (overtaken) => {
       const predict = guide(full.model, DIGITS, full.about.num_classes, state.scale, [state.low, state.high]);
@@ -322,7 +321,7 @@ const sections = {
         if (overtaken()) return;
       }
       show_timeline();
-      $("#guided-ms").textContent = say("ten", milliseconds(ms));
+      $("#guided-ms").textContent = milliseconds(ms);
     };
   },
 
@@ -333,8 +332,8 @@ const sections = {
     const cells = $(".fives");
 
     // How badly the strokes fit each label, (10,): for each completed image, which is put under noise again, how much the
-    // network expects to be black there. So strokes may be a pixel away from where it expects them. Of parts of real
-    // digits, one in twenty is beyond UNFIT with its own label, and four in ten with another one, which need not be wrong.
+    // network expects to be black there. So strokes may be a pixel away from where it expects them. Of halves of real
+    // digits, one in twenty is beyond UNFIT with its own label, and four in ten with others, some of which do fit.
     async function misfit(images, mask) {
       const errors = Array(10).fill(0), noises = 4, [t, s] = [timesteps[1], timesteps[2]];
       const stroke = range(PIXELS).filter((p) => mask[p]);
@@ -355,20 +354,18 @@ const sections = {
     return async (overtaken) => {
       const { image, mask } = brush(decode(state.part));
       show_part(image);
-      const keep = (x0_hat) => x0_hat.map((v, i) => (mask[i % PIXELS] ? image[i % PIXELS] : Math.min(1, Math.max(-1, v))));
+      const keep = (x0_hat) => x0_hat.map((v, i) => (mask[i % PIXELS] ? image[i % PIXELS] : clamp(v, -1)));
       let ms = 0, images;
-      for await (images of shortcut(fast.diffusion, fast.model, DIGITS, image_noise(state.rest, 10), timesteps, keep)) {
+      const noise = image_noise(state.rest, 10);
+      for await (images of shortcut(fast.diffusion, fast.model, DIGITS, noise, timesteps, keep)) {
         ms += fast.model.ms;
         paint_all(cells, images);
         await frame();
       }
-      $("#begin-ms").textContent = say("ten", milliseconds(ms));
+      $("#begin-ms").textContent = milliseconds(ms);
       if (overtaken()) return;
       const errors = state.part ? await misfit(images, mask) : Array(10).fill(0);
-      [...cells.children].forEach((cell, i) => {
-        cell.classList.toggle("unfit", errors[i] > UNFIT);
-        cell.title = errors[i] > UNFIT ? STRINGS[state.lang].unfit : "";
-      });
+      [...cells.children].forEach((cell, i) => cell.classList.toggle("unfit", errors[i] > UNFIT));
     };
   },
 
@@ -378,17 +375,15 @@ const sections = {
     const side = 28 / patch_size, N = side * side;
     LARGEST.patch = N - 1;
     LARGEST.block = depth - 1;
-    add_buttons($("[data-state=block]"), depth, 1);
-    $(".heads").replaceChildren(...range(num_heads).map(() => {
-      const figure = document.createElement("figure");
-      figure.innerHTML = "<div class=framed><canvas></canvas></div><figcaption></figcaption>";
-      return figure;
-    }));
+    add_buttons($("[data-state=block]"));
+    $(".heads").innerHTML = range(num_heads).map((head) => `<figure><div class="framed"><canvas></canvas></div>
+      <figcaption><span lang="en">head</span><span lang="zh">头</span> ${head + 1}</figcaption></figure>`).join("");
     const surface = $("#patches");
-    const choose_patch = (x, y) => set({ patch: Math.min(side - 1, Math.max(0, y)) * side + Math.min(side - 1, Math.max(0, x)) });
+    const choose_patch = (x, y) => set({ patch: clamp(y, 0, side - 1) * side + clamp(x, 0, side - 1) });
     follow(surface, ([x, y]) => choose_patch(Math.floor(x * side), Math.floor(y * side)));
     follow_arrows(surface, ([dx, dy]) => choose_patch((state.patch % side) + dx, Math.floor(state.patch / side) + dy));
     set({ patch: state.patch, block: state.block });
+    show_language();
     return async () => {
       const x_t = full.diffusion.q_sample(real(state.inside, 0), state.inside_t, EPS);
       const [out, maps] = await full.maps(x_t, state.inside_t, [state.inside]);
@@ -398,7 +393,6 @@ const sections = {
       for (const [name, value] of Object.entries(place)) $("#look").style.setProperty(`--${name}`, value);
       $$(".heads figure").forEach((figure, head) => {
         const row = ((state.block * num_heads + head) * N + state.patch) * N; // what this patch takes from each
-        $("figcaption", figure).textContent = say("head", head + 1);
         paint($("canvas", figure), x0_hat, 0, (grey, x, y) => {
           const weight = Math.sqrt(maps[row + Math.floor(y / patch_size) * side + Math.floor(x / patch_size)]);
           return [64, 170, 255].map((blue) => Math.round(0.35 * grey * (1 - weight) + blue * weight));
@@ -435,16 +429,13 @@ function fail(section, { reason = "failed", what, message }) {
 // ---------------------------------------------------------------------------------------------------------- the start
 
 async function start() {
-  for (const strip of $$(".strip")) strip.replaceChildren(...DIGITS.map(() => document.createElement("canvas")));
-  for (const labels of $$(".labels")) {
-    labels.replaceChildren(...DIGITS.map((i) => Object.assign(document.createElement("span"), { textContent: i })));
-  }
-  $(".fives").replaceChildren(...DIGITS.map((i) => {
-    const figure = document.createElement("figure");
-    figure.append(document.createElement("canvas"), Object.assign(document.createElement("figcaption"), { textContent: i }));
-    return figure;
-  }));
-  for (const group of $$(".digits")) add_buttons(group, group.dataset.state === "block" ? 5 : 10, group.dataset.state === "block" ? 1 : 0);
+  for (const strip of $$(".strip")) strip.innerHTML = "<canvas></canvas>".repeat(10);
+  for (const labels of $$(".labels")) labels.innerHTML = DIGITS.map((i) => `<span>${i}</span>`).join("");
+  $(".fives").innerHTML = DIGITS.map((i) =>
+    `<figure><canvas></canvas><figcaption>${i}
+    <span class="why"><span lang="en">does not fit</span><span lang="zh">不合</span></span></figcaption></figure>`,
+  ).join("");
+  for (const group of $$(".digits")) add_buttons(group);
 
   const about = await json("full.json").catch(() => null);
   if (about) {
@@ -470,7 +461,7 @@ async function start() {
     button.onclick = () => (key === "which" ? choose("real", state.real) : set({ [key]: (state[key] + 1) % SEEDS }));
   }
   $("#clear").onclick = () => set({ part: "" });
-  $("#language").onclick = () => { set({ lang: state.lang === "en" ? "zh" : "en" }); show_all(); };
+  $("#language").onclick = () => { set({ lang: state.lang === "en" ? "zh" : "en" }); show_language(); };
   $("#theme").onclick = () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
       || (!document.documentElement.style.colorScheme && matchMedia("(prefers-color-scheme: dark)").matches);
@@ -483,7 +474,12 @@ async function start() {
     const key = { pad: "label", scrub: "real", look: "inside" }[current_section().id];
     if (key) choose(key, Number(event.key));
   });
-  addEventListener("hashchange", () => { read_address(); show_all(); });
+  addEventListener("hashchange", () => {
+    read_address();
+    show_language();
+    show_controls();
+    for (const show of Object.values(refresh)) show();
+  });
 
   const approach = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
@@ -493,12 +489,6 @@ async function start() {
     }
   }, { rootMargin: "300px" });
   for (const section of $$("section")) approach.observe(section);
-}
-
-function show_all() {
-  show_language();
-  show_controls();
-  for (const show of Object.values(refresh)) show();
 }
 
 start();

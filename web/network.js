@@ -57,7 +57,8 @@ async function open(name, progress) {
   const [ort, about] = [await runtime(progress), await json(`${name}.json`)];
   const file = await bytes(`${name}.onnx`, (sum) => progress("network", sum, about.bytes));
   progress("start");
-  const session = await ort.InferenceSession.create(file).catch(() => { throw new Failure("damaged", `${name}.onnx`); });
+  const session = await ort.InferenceSession.create(file)
+    .catch(() => { throw new Failure("damaged", `${name}.onnx`); });
 
   const run = (outputs, x, t, y, d) => {
     const filled = (value) => new ort.Tensor("float32", new Float32Array(y.length).fill(value), [y.length]);
@@ -78,7 +79,7 @@ async function open(name, progress) {
   return { about, model, maps: (...inputs) => run(["out", "maps"], ...inputs) };
 }
 
-// Each network is loaded once, when it is first asked for. progress(what, bytes, of how many) is called for all who ask.
+// Each network is loaded once, when it is first asked for. All who ask have progress(what, bytes, of how many) called.
 const networks = {};
 const watchers = {};
 export function load(name, progress) {
