@@ -16,6 +16,7 @@ import http.server
 import json
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ class OpenDiT(nn.Module):
         self.model, self.distilled = trained.model, isinstance(trained, ShortcutModel)
         self.eval()
         for block in self.model.blocks:
-            block.attn.__class__ = OpenAttention
+            block.attn.__class__ = OpenAttention  # the same weights, another way to compute
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, d: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The prediction (B, 1, S, S), and attention maps (B, depth, heads, N, N), where row i is what token i takes
@@ -143,8 +144,9 @@ def save_page(folder: Path, networks: dict[str, TrainedModel]) -> None:
     digits = bundled_digits()
     some = torch.cat([digits.pixels[digits.labels == label][:DIGITS_A_CLASS] for label in range(10)])
     (folder / "digits.bin").write_bytes(some.numpy().tobytes())
-    path = []  # x_t from noise to a digit, for the eye while the networks load
-    networks["full"].sample(torch.tensor([3]), 1, show_progress=False, callback=lambda t, x_t, _: path.append(x_t[0]))
+    path, full = [], networks["full"]  # x_t from noise to a digit, for the eye while the networks load
+    label = torch.tensor([min(3, full.model.config.num_classes)])
+    full.sample(label, 1, show_progress=False, callback=lambda t, x_t, x0_hat: path.append(x_t[0]))
     grid(torch.stack(path[1::2]), columns=10, gap=0).save(folder / "poster.png")
     for name, trained in networks.items():
         save_network(trained, folder / name)
@@ -158,6 +160,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
+
+    def copyfile(self, source, outputfile) -> None:
+        with suppress(ConnectionError):  # the reader has left
+            super().copyfile(source, outputfile)
 
     def log_message(self, *_) -> None:
         pass

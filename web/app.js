@@ -2,7 +2,7 @@
 // it. Each section loads the networks that it needs when it comes near.
 
 import {
-  Diffusion, PIXELS, ddim, dpm_solver, guide, image_noise, shortcut, shortcut_timesteps, slerp, spaced_timesteps,
+  Diffusion, PIXELS, dpm_solver, guide, image_noise, shortcut, shortcut_timesteps, slerp, spaced_timesteps,
 } from "./diffusion.js";
 import { brush, decode, encode, normalized, paint } from "./drawing.js";
 import { bytes, frame, json, latest, load, once } from "./network.js";
@@ -275,12 +275,11 @@ const sections = {
   },
 
   rows(networks) {
-    const T = networks.full.diffusion.T;
     const steps_of = (name, steps, x) => {
       const { diffusion, model, about } = networks[name];
-      if (name === "fast") return shortcut(diffusion, model, DIGITS, x, shortcut_timesteps(T, steps));
+      if (name === "fast") return shortcut(diffusion, model, DIGITS, x, shortcut_timesteps(diffusion.T, steps));
       const predict = guide(model, DIGITS, about.num_classes, about.guidance, about.interval);
-      return dpm_solver(diffusion, predict, x, spaced_timesteps(T, steps));
+      return dpm_solver(diffusion, predict, x, spaced_timesteps(diffusion.T, Math.min(steps, diffusion.T)));
     };
     return async (overtaken) => {
       const x = image_noise(state.shared, 10);
@@ -331,8 +330,8 @@ const sections = {
     const show_part = drawable($("#part"), "part");
     const cells = $(".fives");
 
-    // How badly the strokes fit each label, (10,): for each completed image, which is put under noise again, how much the
-    // network expects to be black there. So strokes may be a pixel away from where it expects them. Of halves of real
+    // How badly the strokes fit each label, (10,): for each completed image, put under noise again, how much the network
+    // expects to be black there. So strokes may be a pixel away from where it expects them. Of halves of real
     // digits, one in twenty is beyond UNFIT with its own label, and four in ten with others, some of which do fit.
     async function misfit(images, mask) {
       const errors = Array(10).fill(0), noises = 4, [t, s] = [timesteps[1], timesteps[2]];
