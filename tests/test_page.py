@@ -31,6 +31,7 @@ from conftest import ROOT, run_script
 from diffusion import SAMPLERS, Diffusion, guide, spaced_timesteps
 from distill import STEP_COUNTS, ShortcutDiT, ShortcutModel, shortcut, shortcut_timesteps
 from inference import load_model
+from metrics import features
 from sampling import TrainedModel, slerp
 from test_readme import source_of, stands_in
 
@@ -538,10 +539,11 @@ def test_200_digits_sampled_by_the_buttons_are_classified_as_their_label(bundled
         visit.changes("#digit", lambda y=label: visit.page.click(f"#pad .digits button >> nth={y}"))
         for _ in range(20):
             visit.changes("#digit", lambda: visit.page.click("[data-next=noise]"))
-            images.append(visit.settles("#digit"))
+            images.append(visit.image("#digit"))
             labels.append(label)
     images, labels = torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels)
-    accuracy = (reference.networks["classifier"](images).argmax(1) == labels).double().mean().item()
+    classifier = reference.networks["classifier"]
+    accuracy = (classifier.head(features(classifier, images)).argmax(1) == labels).double().mean().item()
     print(f"accuracy of 200 digits: {accuracy:.1%}")
     assert accuracy >= 0.98
 
@@ -550,15 +552,25 @@ def test_200_digits_sampled_by_the_buttons_are_classified_as_their_label(bundled
 def test_a_digit_takes_at_most_5_milliseconds(bundled_page, visiting):
     visit = visiting(bundled_page)
     visit.open("pad")
-    medians = []
-    for _ in range(10):  # the least of several medians, since other programs may run
-        times = []
-        for i in range(25):
-            visit.page.mouse.move(*visit.point("#field", i / 25, 0.5))
-            visit.page.wait_for_timeout(40)
-            times.append(float(re.search(r"[\d.]+", visit.page.locator("#pad-ms").inner_text())[0]))
-        medians.append(np.median(times))
-    print("milliseconds a digit, medians:", medians)
+    medians = visit.page.evaluate("""async () => {
+      const [field, ms] = [document.querySelector("#field"), document.querySelector("#pad-ms")];
+      const box = field.getBoundingClientRect();
+      const medians = [];
+      for (let burst = 0; burst < 60; burst++) { // the least counts, since other programs may run
+        const times = [];
+        for (let i = 0; i < 5; i++) {
+          ms.textContent = "";
+          field.dispatchEvent(new PointerEvent("pointermove", {
+            pointerType: "mouse", clientX: box.x + (box.width * (i + 1)) / 6, clientY: box.y + 3 * burst,
+          }));
+          while (!ms.textContent) await new Promise(requestAnimationFrame);
+          times.push(Number(ms.textContent));
+        }
+        medians.push(times.sort((a, b) => a - b)[2]);
+      }
+      return medians;
+    }""")
+    print("milliseconds a digit, medians of 5:", sorted(medians))
     assert min(medians) <= 5
 
 

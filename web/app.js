@@ -41,22 +41,22 @@ function read_address() {
   for (const [key, value] of Object.entries(DEFAULTS)) {
     const text = given[key] ?? value;
     state[key] = value;
-    if (key === "lang") state[key] = text in STRINGS ? text : value;
+    if (key === "lang") state[key] = Object.hasOwn(STRINGS, text) ? text : value;
     else if (typeof value === "string") state[key] = encode(decode(text));
     else if (Number.isFinite(Number(text))) state[key] = fitting(key, Number(text));
   }
 }
 
 function fitting(key, value) {
-  const whole = ["x", "y", "scale"].includes(key) ? value : Math.round(value);
-  return clamp(whole, 0, LARGEST[key]);
+  const digits = ["x", "y", "scale"].includes(key) ? 1000 : 1;
+  return clamp(Math.round(value * digits) / digits, 0, LARGEST[key]);
 }
 
 let writing;
 function write_address() { // not at each move, since browsers limit how often
   clearTimeout(writing);
   writing = setTimeout(() => {
-    const changed = Object.entries(state).filter(([key, value]) => value !== DEFAULTS[key]);
+    const changed = Object.entries(state).filter(([key, value]) => key === "lang" || value !== DEFAULTS[key]);
     history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
   }, 200);
 }
@@ -330,8 +330,8 @@ const sections = {
     const show_part = drawable($("#part"), "part");
     const cells = $(".fives");
 
-    // How badly the strokes fit each label, (10,): for each completed image, put under noise again, how much the network
-    // expects to be black there. So strokes may be a pixel away from where it expects them. Of halves of real
+    // How badly the strokes fit each label, (10,): for each completed image, put under noise again, how black the
+    // network expects it to be there. So strokes may be a pixel away from where it expects them. Of halves of real
     // digits, one in twenty is beyond UNFIT with its own label, and four in ten with others, some of which do fit.
     async function misfit(images, mask) {
       const errors = Array(10).fill(0), noises = 4, [t, s] = [timesteps[1], timesteps[2]];
