@@ -278,7 +278,7 @@ def loss() -> None:
         shown.append(trained.sample(digits, len(digits)))
         values = measure_samples(trained, reference, f"step {step}")
         rho = round(values["rho"], 0 if values["rho"] > 10 else 1)
-        names.append(f"{values['accuracy']:.0%}\n{rho:,g}")
+        names.append(f"{values['accuracy']:.1%}\n{rho:,g}")
     losses = torch.tensor([entry["loss"] for entry in read_log(folder)])
     steps, median = range(1, len(losses) + 1), centred_median(losses)
     figure = canvas(5.8)
