@@ -372,7 +372,7 @@ def small_page(tmp_path_factory, browser):
     """The page with two small networks that were never trained."""
     need(export.onnx, "onnx, onnxscript and onnxruntime")
     folder = tmp_path_factory.mktemp("page")
-    export.save_page(folder, dict(full=small(), fast=small(distilled=True)))
+    export.save_page(folder, dict(full=small(), fast=small(distilled=True, depth=1)))
     with served(folder) as address:
         yield address
 
@@ -434,6 +434,7 @@ def test_each_control_works_by_mouse(small_page, visiting):
             "patch": "3", "block": "0", "inside": "2", "inside_t": "3", "part": ""}.items() <= state.items()
 
 
+@pytest.mark.slow
 def test_each_control_works_by_keys(small_page, visiting):
     visit = visiting(small_page)
     visit.open(*SECTIONS)

@@ -128,7 +128,7 @@ function choose(key, value) { // a real digit that is chosen again is another on
   set({ [key]: value, ...(key === "real" ? { own: "", which: another ? (state.which + 1) % REAL : 0 } : {}) });
 }
 
-// Calls move([x, y], event) with where the pointer is, each from 0 to 1, and begin() where it is pressed.
+// Calls move([x, y]) with where the pointer is, each from 0 to 1, and before that begin() when it is pressed.
 function follow(surface, move, { begin = () => {}, hovering = true } = {}) {
   const place = (event) => {
     const box = surface.getBoundingClientRect();
@@ -370,19 +370,14 @@ const sections = {
 
   async look({ full }) {
     const real = await real_digits();
-    const { patch_size, num_heads, depth } = full.about;
+    const { patch_size, num_heads } = full.about;
     const side = 28 / patch_size, N = side * side;
-    LARGEST.patch = N - 1;
-    LARGEST.block = depth - 1;
-    add_buttons($("[data-state=block]"));
     $(".heads").innerHTML = range(num_heads).map((head) => `<figure><div class="framed"><canvas></canvas></div>
       <figcaption><span lang="en">head</span><span lang="zh">头</span> ${head + 1}</figcaption></figure>`).join("");
     const surface = $("#patches");
     const choose_patch = (x, y) => set({ patch: clamp(y, 0, side - 1) * side + clamp(x, 0, side - 1) });
     follow(surface, ([x, y]) => choose_patch(Math.floor(x * side), Math.floor(y * side)));
     follow_arrows(surface, ([dx, dy]) => choose_patch((state.patch % side) + dx, Math.floor(state.patch / side) + dy));
-    set({ patch: state.patch, block: state.block });
-    show_language();
     return async () => {
       const x_t = full.diffusion.q_sample(real(state.inside, 0), state.inside_t, EPS);
       const [out, maps] = await full.maps(x_t, state.inside_t, [state.inside]);
@@ -434,15 +429,15 @@ async function start() {
     `<figure><canvas></canvas><figcaption>${i}
     <span class="why"><span lang="en">does not fit</span><span lang="zh">不合</span></span></figcaption></figure>`,
   ).join("");
-  for (const group of $$(".digits")) add_buttons(group);
 
-  const about = await json("full.json").catch(() => null);
+  const about = await json("full.json").catch(() => null); // where it is missing, the sections that need it say so
   if (about) {
-    const last_timestep = about.timesteps - 1;
-    for (const key of ["t", "inside_t", "low", "high"]) LARGEST[key] = last_timestep;
-    const [low, high] = about.interval ?? [0, last_timestep];
+    const last = about.timesteps - 1, [low, high] = about.interval ?? [0, last];
     Object.assign(DEFAULTS, { scale: about.guidance, low, high });
+    Object.assign(LARGEST, { t: last, inside_t: last, low: last, high: last });
+    Object.assign(LARGEST, { block: about.depth - 1, patch: (28 / about.patch_size) ** 2 - 1 });
   }
+  for (const group of $$(".digits")) add_buttons(group);
   for (const slider of $$("input[data-state]")) slider.max = LARGEST[slider.dataset.state];
   read_address();
   show_language();
