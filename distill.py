@@ -270,6 +270,7 @@ class DistillTrainer(Trainer):
                 with torch.no_grad():
                     _, sample = self.predict(self.model, x0[micro], y[micro], spans[micro], eps[micro, 0])
                 fake = with_sizes_of(spans[micro], self.ddp_fake)
+                sample = sample.clamp(-1, 1)  # as it is shown: what is out of range there need not be matched
                 loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro, 1]).mean()
                 (loss / self.args.grad_accum_steps).backward()
         nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
