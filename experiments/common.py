@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,9 @@ from cli import default_guidance  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
+
+
+torch._dynamo.config.recompile_limit = 100  # networks of many shapes are compiled in one process
 
 
 class Store:
