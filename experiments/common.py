@@ -20,7 +20,6 @@ from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
 
-
 torch._dynamo.config.recompile_limit = 100  # networks of many shapes are compiled in one process
 
 
