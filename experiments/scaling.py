@@ -81,7 +81,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes in panels:
         axes.set(xscale="log", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    panels[2].legend(ncols=3, fontsize="small")
+    panels[0].legend(ncols=3, fontsize="small")
     checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
 
 
