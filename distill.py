@@ -15,9 +15,10 @@ A span (t, s) is a sampling step from timestep t to s < t, where s = -1 is the c
 is t - s, and a single step from noise to image has size T.
 
 A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So in the
-last part of the training, the images that the student samples in one, two and four steps are compared with the
-teacher's as a distribution, see `matching_loss`: Yin et al., "One-step Diffusion with Distribution Matching
-Distillation" (DMD), arXiv 2311.18828, and "Improved Distribution Matching Distillation" (DMD2), arXiv 2405.14867.
+last part of the training, the images with which the student's paths of one, two and four steps end are compared with
+the teacher's as a distribution, see `matching_loss`: Yin et al., "One-step Diffusion with Distribution Matching
+Distillation" (DMD), arXiv 2311.18828, and "Improved Distribution Matching Distillation" (DMD2), arXiv 2405.14867. Only
+the last step of such a path is taken, from a real image with noise, so that no path has to be simulated.
 """
 
 import copy
@@ -41,7 +42,7 @@ from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, t
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
 STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, into how many steps the path is cut
 MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
-MATCHED_COUNTS = (1, 1, 2, 4)  # of each 4 samples, in how many steps they were made
+MATCHED_COUNTS = (1, 1, 2, 4)  # of each 4 samples, of how many steps their last one is the end
 MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
 MATCHING_GUIDANCE = 0.3     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
 FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
@@ -163,9 +164,9 @@ def shortcut_loss(
     ema, teacher: the student's average, and the teacher, each (x_t, spans, y) -> output
 
     Targets are found as in progressive distillation (arXiv 2202.00512, Algorithm 2), which halves the number of steps
-    of one network after another. Under flow, an error of x0_hat is one of the mean velocity (x_t - x0_hat) / sigma,
-    times sigma. The loss is its square over sigma, a compromise: the square of the first neglects small t, and that of
-    the second large ones.
+    of one network after another. The loss is the squared error of x0_hat over sigma_t. This is between the squared
+    error of x0_hat, in which small t hardly count, and that of the velocity (over sigma_t^2), in which large t hardly
+    count.
     """
     t, s = spans.unbind(1)
     with torch.no_grad():
@@ -178,15 +179,15 @@ def shortcut_loss(
 
 
 def last_spans(n: int, T: int) -> Tensor:
-    """The last spans (t, -1) of n paths in MATCHED_COUNTS steps, int64 (n, 2). They end at the student's samples."""
+    """The last spans (t, -1) of n paths in MATCHED_COUNTS steps, int64 (n, 2). They end at the samples to match."""
     t = torch.tensor([shortcut_timesteps(T, steps)[-1] for steps in MATCHED_COUNTS])
     t = t.repeat(n // len(t) + 1)[:n]
     return torch.stack([t, torch.full_like(t, -1)], dim=1)
 
 
 def with_sizes_of(spans: Tensor, fake: Callable) -> Callable:
-    """`fake` as a function (x_t, t, y) -> output, for samples that end at spans (B, 2). It receives their size as well,
-    since samples in one step have another distribution than samples in four.
+    """`fake` as a function (x_t, t, y) -> output, for samples at the end of spans (B, 2). It receives the size of each
+    span as well, since a sample in one step has another distribution than one after the last of four.
     """
     size = spans[:, 0] - spans[:, 1]
     return lambda x_t, t, y: fake(x_t, torch.stack([t, t - size], dim=1), y)
@@ -195,17 +196,20 @@ def with_sizes_of(spans: Tensor, fake: Callable) -> Callable:
 def matching_loss(
     diffusion: Diffusion, sample: Tensor, teacher: Callable, fake: Callable, y: Tensor, t: Tensor, eps: Tensor
 ) -> Tensor:
-    """The loss of each of the student's samples, (B,): how far their distribution is from the teacher's.
+    """A loss of each of the student's samples, (B,). Its value has no meaning, but its gradient moves the distribution
+    of the samples towards the teacher's.
 
     sample:        (B, C, H, W), of labels y (B,)
     teacher, fake: networks (x_t, t, y) -> output, of which the second was trained on samples of the student
     t, eps:        timesteps (B,) and noise like sample, by which both see the samples
 
     The score of a distribution follows from the x0_hat of a network that was trained on it. The teacher gives the score
-    of real images, and `fake` that of the student's samples. The gradient of the loss, (fake_x0 - teacher_x0) / mean
-    |sample - teacher_x0|, is that of the KL divergence between the two (DMD, Eq. 7 and 8, without the factor alpha_t,
-    as in the code of DMD2). The teacher may be guided, with a smaller scale than for sampling: there guidance acts on
-    one path, here on all samples, step after step, and a large scale reduces their diversity.
+    of real images (and, where it is guided, of a sharper distribution), `fake` that of the student's samples. The
+    gradient of the loss with respect to a sample, times the number of its values, is (fake_x0 - teacher_x0) / mean
+    |sample - teacher_x0|. On average this is the gradient of the KL divergence of the student's noisy samples from the
+    teacher's, with a weight at each t (DMD, Eq. 7 and 8, without the factor alpha_t, as in the code of DMD2). Guidance
+    has a smaller scale here than for sampling: there it acts on one path, here on all samples, step after step, and a
+    large scale reduces their diversity.
     """
     with torch.no_grad():
         x_t = diffusion.q_sample(sample, t, eps)

@@ -21,7 +21,7 @@ from variance import guidance_scales
 def seeded(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random generator number `index` of a seed. Both are whole numbers from 0 to 2^32 - 1."""
     # PyTorch keeps 32 bits of a CPU generator's seed. With seed + index, image 1 of seed 0 would be image 0 of seed 1.
-    # The factor, 2^32 divided by the golden ratio, sets the generators of neighbouring seeds far apart.
+    # The factor, a prime near 2^32 divided by the golden ratio, sets the generators of neighbouring seeds far apart.
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 

@@ -1,6 +1,6 @@
 """Four ways to condition a DiT on the timestep t and the label y: section 3.2 and Figure 5 of the paper, in miniature.
 
-    python experiments/conditioning.py                       some two hours on one CPU core; resumes where it stopped
+    python experiments/conditioning.py                       some 90 minutes on one CPU core; resumes where it stopped
     python experiments/conditioning.py --quick               the same in a minute, with results that mean nothing
 
     in-context        t and y are two more tokens of the sequence

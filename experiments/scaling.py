@@ -50,13 +50,15 @@ def run_one(size: str, patch: int, args, store: Store, reference: Reference) -> 
 
 
 def correlation(x: list[float], y: list[float]) -> float:
-    """Pearson's, of the logarithms, as in the paper."""
-    return torch.corrcoef(torch.tensor([x, y], dtype=torch.float64).log())[0, 1].item()
+    """Pearson's, of log x and y, as in the paper's Figure 8."""
+    x, y = torch.tensor([x, y], dtype=torch.float64)
+    return torch.corrcoef(torch.stack([x.log(), y]))[0, 1].item()
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """rho after the last step against GFLOPs (Figure 8), against training compute (Figure 9), and against time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -75,12 +77,16 @@ def plot(rows: list[dict], path: Path) -> None:
             panels[1].plot(compute, [row["rho"] for row in mine], **style)
             minutes = [row["seconds_a_step"] * row["steps"] / 60 for row in mine]
             panels[2].plot(minutes, [row["rho"] for row in mine], **style)
-    panels[0].set(xlabel="GFLOPs of a forward pass", ylabel="rho (1: real images)", title=f"correlation {r:.2f}")
-    panels[1].set(xlabel="GFLOPs of the training so far", title="the way there, by compute")
-    panels[2].set(xlabel="minutes of training", title="and by time")
+    panels[0].set(xlabel="GFLOPs of a forward pass", title=f"after {last:,} steps (correlation {r:.2f})")
+    panels[1].set(xlabel="GFLOPs of the training so far", title="by compute, during the training")
+    panels[2].set(xlabel="minutes of training", title="by time, during the training")
+    panels[0].set_ylabel("rho (1: real images)")
     for axes in panels:
         axes.set(xscale="log", yscale="log")
         axes.grid(alpha=0.3, which="both")
+    panels[0].yaxis.set(  # of all panels, which share it
+        major_locator=LogLocator(subs=(1, 2, 4)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+    )
     panels[0].legend(ncols=3, fontsize="small")
     checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
 

@@ -348,7 +348,7 @@ def attention() -> None:
     bar = figure.colorbar(shown, ax=panels[:, 2:], ticks=[0, 0.1, 0.3, 0.6, 1], shrink=0.8, pad=0.02)
     bar.set_label("attention weight", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    finding = "In noise a head attends to one fixed patch; as the digit emerges, some attend to the whole image"
+    finding = "In noise, four of these heads attend to a single patch; later, three attend to the whole image"
     figure.suptitle(finding, fontsize=10)
     save(figure, "attention")
 
