@@ -29,6 +29,7 @@ OBJECTIVES = {
     "flow, x0": ["--lr", "7e-3"],
     "linear, eps": "--schedule linear --prediction eps --timestep-distribution uniform --lr 3e-3".split(),
 }
+TITLES = {"flow, x0": "default: flow, predicts the image", "linear, eps": "paper: linear, predicts the noise"}
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -199,8 +200,10 @@ def plot(rows: list[dict], steps: list[int], path: Path) -> None:
                 axes.plot(x, mean, "o-", color=colour, label=name)
                 for group, at in zip(mine, x, strict=True):
                     axes.plot([at] * len(group), [r["rho"] for r in group], ".", color=colour, markersize=4)
-        line[0].set(xlabel="training steps", ylabel="rho (1: real images)", title=objective, yscale="log")
+        line[0].set(xlabel="training steps", ylabel="rho (1: real images)", title=TITLES[objective], yscale="log")
         line[1].set(xlabel="minutes of training", title="the same against time")
+        line[0].yaxis.set_major_formatter("{x:g}")
+        line[0].yaxis.set_minor_formatter("{x:g}")
         for axes in line:
             axes.grid(alpha=0.3, which="both")
     panels[0, 1].legend()

@@ -487,7 +487,7 @@ def test_a_view_is_restored_from_its_address_in_either_language(small_page, visi
     assert page.input_value("[data-state=t]") == "12"
     digit, own = visit.settles("#digit"), visit.settles("#own canvas")
     page.click("#language")
-    assert page.locator("#pad h2").inner_text() == "Move the mouse, a digit follows"
+    assert page.locator("#pad h2").inner_text() == "Move the mouse to change the digit"
     state = visit.state()
     assert dict(label="2", noise="5", x="0.1", y="0.9", t="12", own="aBcDeFgH.IjKl").items() <= state.items()
     assert "odd" not in state and "scale" not in state

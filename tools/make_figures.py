@@ -156,9 +156,9 @@ def diffusion() -> None:
         table = Diffusion(schedule, "x0", 1000).tables
         lower.plot(table["alpha"][:-1], color=colour, label=schedule, linewidth=2)
         lower.plot(table["sigma"][:-1], color=colour, linestyle=(0, (4, 2)), linewidth=2)
-    lower.plot([], [], color=INK, label=r"$\alpha_t$, of the image")
-    lower.plot([], [], color=INK, linestyle=(0, (4, 2)), label=r"$\sigma_t$, of the noise")
-    lower.set(xlim=(-50, 1049), xticks=times.tolist(), xlabel="timestep t", ylabel="factor")
+    lower.plot([], [], color=INK, label=r"$\alpha_t$ (image)")
+    lower.plot([], [], color=INK, linestyle=(0, (4, 2)), label=r"$\sigma_t$ (noise)")
+    lower.set(xlim=(-50, 1049), xticks=times.tolist(), xlabel="timestep t", ylabel="weight in $x_t$")
     lower.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize=SMALL, columnspacing=1.2)
     lower.grid(alpha=0.25)
     save(figure, "diffusion")
@@ -209,7 +209,7 @@ def guidance() -> None:
     right.set(xlim=(0, 1.05), ylim=(len(rows), 0), yticks=rows, xticks=[0, 0.5, 1])
     right.set_yticklabels([])
     right.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    right.set_title(f"fraction, {COUNT:,} samples")
+    right.set_title(f"accuracy and recall ({COUNT:,} samples)")
     right.spines["bottom"].set_visible(False)
     right.spines["top"].set_visible(True)
     right.grid(alpha=0.25)
@@ -230,7 +230,7 @@ def steps() -> None:
         axes.tick_params(axis="y", labelsize=SMALL)
         axes.set_title(name, color=colour)
         rho = [measure_samples(trained, reference, f"{name}, {count} steps", steps=count)["rho"] for count in counts]
-        curve.plot(counts, rho, "o-", color=colour, linewidth=2)
+        curve.plot(counts, [value if value < limit else np.nan for value in rho], "o-", color=colour, linewidth=2)
         for count, value in zip(counts, rho, strict=True):
             if value > limit:
                 curve.annotate(f"{value:.0f}", (count, limit), (count, limit - 0.45), color=colour, ha="center",
@@ -346,7 +346,7 @@ def attention() -> None:
     for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     bar = figure.colorbar(shown, ax=panels[:, 2:], ticks=[0, 0.1, 0.3, 0.6, 1], shrink=0.8, pad=0.02)
-    bar.set_label("attention weight", fontsize=9)
+    bar.set_label("attention weight (square-root scale)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     finding = "In noise, four of these heads attend to a single patch; later, three attend to the whole image"
     figure.suptitle(finding, fontsize=10)
@@ -406,7 +406,7 @@ def shortcut() -> None:
     axes.plot([*timesteps, -1], paths[:, one], color=BLUE, linewidth=2.5)
     start, white = (999, paths[0, one].item()), dict(fc="white", ec="none", pad=0)
     for where, colour, at, off, align, name in (
-        (posterior_mean(x, 999)[one].item(), ORANGE, 0.45, -0.06, "top", "one step in the direction of the start"),
+        (posterior_mean(x, 999)[one].item(), ORANGE, 0.45, -0.06, "top", "one step in the initial direction"),
         (end[one].item(), GREEN, 0.5, 0.06, "bottom", "the one step to be learned"),
     ):
         arrow(axes, start, (-1, where), colour=colour)

@@ -41,6 +41,6 @@ export const STRINGS = {
     timeline: "采样的各个时间步，以及引导的区间",
     part: "写一个数字的一部分：方向键移动笔，空格键提笔或落笔",
     patches: "图像块：用方向键选择",
-    label: "标签", real: "真实的数字", block: "模块", inside: "数字",
+    label: "标签", real: "真实的数字", block: "块", inside: "数字",
   },
 };
