@@ -1,7 +1,7 @@
-"""The mathematics of diffusion: DDPM first, then other samplers. This file does not know the network.
+"""The mathematics of diffusion: DDPM first, then other samplers. It is independent of the network.
 
 A diffusion model learns to remove noise. The forward process turns an image x0 into noise eps ~ N(0, I), in T
-timesteps: x_t = alpha_t x0 + sigma_t eps. Training shows the network x_t and asks it to predict eps (or x0, or v, see
+timesteps: x_t = alpha_t x0 + sigma_t eps. The network is trained to predict eps from x_t (or x0, or v, see
 `Diffusion`). Sampling runs the reverse process: it starts from pure noise and removes a little of it at each timestep.
 A hat, as in x0_hat, marks a prediction.
 
@@ -9,7 +9,7 @@ DDPM is Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239:
 
     Section 4    the noise schedule       linear_schedule
     Eq. 4        the forward process      Diffusion.q_sample
-    Algorithm 1  training                 Diffusion.training_loss is its line 5; train.py samples what lines 2 to 4 do
+    Algorithm 1  training                 Diffusion.training_loss is its line 5; train.py does what lines 2 to 4 say
     Eq. 6, 7     the reverse step         Diffusion.posterior
     Algorithm 2  sampling                 ddpm
 
@@ -54,7 +54,7 @@ def cosine_schedule(T: int) -> tuple[Tensor, Tensor]:
 
 def flow_schedule(T: int) -> tuple[Tensor, Tensor]:
     """Rectified flow, arXiv 2209.03003: a straight line from the image to the noise."""
-    # tau reaches neither 0 nor 1, so that each kind of prediction can be converted to every other.
+    # tau reaches neither 0 nor 1, so that each kind of prediction can be converted to any other.
     tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
     return 1 - tau, tau
 
@@ -78,7 +78,7 @@ class Diffusion:
     prediction: eps, the noise; x0, the image; or v, the velocity alpha' x0 + sigma' eps. The derivatives alpha' and
                 sigma' are by the angle phi for linear and cosine, where alpha = cos(phi) and sigma = sin(phi)
                 (arXiv 2202.00512), and by tau for flow, where they are -1 and 1.
-    timesteps:  T; the network sees t in 0 ... T - 1
+    timesteps:  T; t is in 0 ... T - 1
     device:     that of the images
     min_snr:    weight the loss by min(SNR, min_snr), see `loss_divisor`
 

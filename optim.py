@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 ADAMW_MAX_LR = 3e-3  # AdamW's highest learning rate beside Muon; with a higher one the loss jumps
-# a, b and c of each step. Of all such polynomials, each brings the singular values that the steps before it left, at
-# first 0.01 to 1, nearest to 1 (Polar Express, arXiv 2505.16932). After three steps they are between 0.73 and 1.27.
+# a, b and c of each step: of all such polynomials, the one that brings the singular values (at first 0.01 to 1, then
+# what the steps before it leave) nearest to 1 (Polar Express, arXiv 2505.16932). Three steps leave 0.73 to 1.27.
 COEFFICIENTS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
