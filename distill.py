@@ -44,7 +44,7 @@ STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, int
 MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
 MATCHED_COUNTS = (1, 1, 2, 4)  # of each 4 samples, of how many steps their last one is the end
 MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
-MATCHING_GUIDANCE = 0.3     # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
+MATCHING_GUIDANCE = 0.35    # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
 FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
 FAKE_LR = 0.25              # its learning rate, as a fraction of the student's highest
 
@@ -363,7 +363,7 @@ def build_parser() -> Parser:
     parser.group("distillation")("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: "
                                  "that of the weights)", type=float, nargs="+", metavar="W")
     add_training_flags(parser)
-    parser.set_defaults(steps=3000, batch_size=160, lr=2e-3, ema_decay=0.998)
+    parser.set_defaults(steps=7000, batch_size=160, lr=2e-3, ema_decay=0.998)
     return parser
 
 
