@@ -15,6 +15,7 @@ from conftest import TINY, assert_equal_states, losses, run_script
 from diffusion import Diffusion, ddim, sample_timesteps
 from distill import (
     FAKE_UPDATES,
+    MATCHING_GUIDANCE,
     STEP_COUNT_CYCLE,
     STEP_COUNTS,
     DistillTrainer,
@@ -285,7 +286,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(
         x0_hat = trainer.model(x_t, spans, y[n])
         if step and i % 2:
             loss = 0.5 * matching_loss(
-                d, x0_hat, lambda x, t, y: trainer.teach(x, t, y, 0.3), with_sizes_of(spans, trainer.fake), y[n],
+                d, x0_hat, lambda x, t, y: trainer.teach(x, t, y, MATCHING_GUIDANCE), with_sizes_of(spans, trainer.fake), y[n],
                 times[n, 2], eps[n, 1],
             )
         else:
