@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -285,10 +286,9 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(
         x_t = d.q_sample(x0[n], spans[:, 0], eps[n, 0])
         x0_hat = trainer.model(x_t, spans, y[n])
         if step and i % 2:
-            loss = 0.5 * matching_loss(
-                d, x0_hat, lambda x, t, y: trainer.teach(x, t, y, MATCHING_GUIDANCE), with_sizes_of(spans, trainer.fake), y[n],
-                times[n, 2], eps[n, 1],
-            )
+            teacher = partial(trainer.teach, fraction=MATCHING_GUIDANCE)
+            fake = with_sizes_of(spans, trainer.fake)
+            loss = 0.5 * matching_loss(d, x0_hat, teacher, fake, y[n], times[n, 2], eps[n, 1])
         else:
             loss = shortcut_loss(d, x0_hat, trainer.ema, trainer.teach_spans, x_t, y[n], spans)
         expected.append(loss.item())
