@@ -209,7 +209,7 @@ def guidance() -> None:
     right.set(xlim=(0, 1.05), ylim=(len(rows), 0), yticks=rows, xticks=[0, 0.5, 1])
     right.set_yticklabels([])
     right.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    right.set_title(f"accuracy and recall ({COUNT:,} samples)")
+    right.set_title(f"of {COUNT:,} samples")
     right.spines["bottom"].set_visible(False)
     right.spines["top"].set_visible(True)
     right.grid(alpha=0.25)
