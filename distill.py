@@ -42,7 +42,7 @@ from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, t
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
 STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, into how many steps the path is cut
 MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
-MATCHED_COUNTS = (1, 1, 2, 4)  # of each 4 samples, of how many steps their last one is the end
+MATCHED_COUNTS = (1, 1, 2, 4)  # the number of steps in the path that each sample ends, of 4 samples
 MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
 MATCHING_GUIDANCE = 0.35    # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
 FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
