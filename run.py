@@ -365,6 +365,7 @@ class Run:
     def save_samples(self, trainer: object) -> None:
         """Write a picture of samples, ten rows of a class each, and loss.png."""
         if RANK == 0:
+            begin = time.perf_counter()
             trained = trainer.trained_model()
             labels = (torch.arange(10) % max(trained.model.config.num_classes, 1)).repeat_interleave(10)
             trained.autoencoder = self.autoencoder
@@ -372,8 +373,10 @@ class Run:
             checkpoint.write_whole(self.picture, lambda file: picture.save(file, "PNG"))
             plot_loss(self.folder)
             gc.collect()  # a figure refers to itself, and left to itself its memory would be freed late
-            self.bar.unpause()  # this time does not belong to the speed of training
             self.clock = time.perf_counter()
+            if not self.bar.disable:  # this time does not belong to the speed of training
+                self.bar.start_t += self.clock - begin
+                self.bar.last_print_t += self.clock - begin
 
     def finish(self, weights: dict) -> int:
         """Write weights.safetensors, or print how a run that was stopped can be resumed. Returns the exit status."""

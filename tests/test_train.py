@@ -21,7 +21,7 @@ from cli import UsageError, WorkError
 from conftest import ROOT, TINY, assert_equal_states, losses, run_script, trained
 from dataset import IDX_FILES, DataError
 from optim import update_ema
-from run import new_folder
+from run import new_folder, progress_bar
 from sampling import TrainedModel
 from train import Trainer
 
@@ -67,6 +67,17 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
     whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
     assert_equal_states(whole, parts)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("small_network")
+def test_the_progress_bar_counts_the_time_of_steps_and_not_that_of_pictures(images, tmp_path, monkeypatch):
+    """Where it prints a line a minute, too, and pictures are made more often than that."""
+    bars, step, pictures = [], Trainer.step, TrainedModel.sample
+    monkeypatch.setattr("run.progress_bar", lambda *args: bars.append(progress_bar(*args)) or bars[-1])
+    monkeypatch.setattr(Trainer, "step", lambda *args: time.sleep(0.1) or step(*args))
+    monkeypatch.setattr(TrainedModel, "sample", lambda *args, **kwargs: time.sleep(0.4) or pictures(*args, **kwargs))
+    assert run("--dataset", images, *TINY, "--steps", 4, "--save-every", 1, "--run-dir", tmp_path / "run") == 0
+    assert 0.4 <= bars[0].format_dict["elapsed"] < 2.0  # with the pictures, it would be more
 
 
 @pytest.mark.usefixtures("small_network")
