@@ -1,6 +1,6 @@
 """What several tests stand on: small images, and a network trained on them for a few steps.
 
-    pytest                the claims that matter, in under two minutes on two cores
+    pytest                the claims that matter, in about two minutes on two cores
     pytest -m slow        the long ones: kills, long work, full disks, thousands of command lines, the notebook
 """
 
