@@ -1,27 +1,25 @@
 """Checkpoint files: written whole or not at all, and read without running anything that is in them.
 
-    checkpoint.pt         everything that a run needs to be resumed, see run.py
-    NAME.safetensors      only the averaged weights, to publish, with their description as JSON in the metadata
-    a state dict, .pt     weights of the official DiT, for which the user has to name the model
+    RUN/checkpoint.safetensors    everything that is needed to resume a run, see rundir.py
+    NAME.safetensors              only the averaged weights, to publish
+    a state dict, .pt             weights of the official DiT, for which the user has to name the model
 
-The first two describe themselves, see `describe`. Averaged weights, "ema", are an exponential moving average of the
-weights over the training steps (optim.update_ema). They give better samples than the last weights themselves.
+Our files are safetensors: tensors, and a description as JSON in the header, see `describe`. Averaged weights, "ema",
+are an exponential moving average of the weights over the training steps (optim.update_ema). They give better samples
+than the last weights themselves.
 
 A file may come from a stranger, or from a disk that fails. These mechanisms make it safe to read:
 
-    torch.load(weights_only=True) and safetensors    hold tensors and plain types; no code is run
-    checksums                                        find each bit that has changed since the file was written
-    `check_pickle`, MAX_HEADER                       a short file does not become much in memory
-    `check`                                          compares the description with the weights before a network is built
+    safetensors                  holds tensors and text, and takes no more memory than the file; no code is run
+    a checksum                   finds each bit that has changed since the file was written
+    `check`, `check_weights`     compare the description with the weights before a network is built
+    torch.load(weights_only)     reads official weights; it runs no code either, but a harmful .pt may fill the memory
 """
 
 import hashlib
 import json
 import os
-import pickletools
-import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -35,113 +33,63 @@ from torch import Tensor
 
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
+from sampling import MAX_GUIDANCE, TrainedModel
+from shortcut import ShortcutDiT, ShortcutModel
 from variance import LearnedVariance
 
-FORMAT = "dit-from-scratch 1"
-MAX_STEPS = 2**31  # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
-MAX_GUIDANCE = 100
+FORMAT = "dit-from-scratch 2"
+NETWORKS = {"DiT": (DiT, TrainedModel), "ShortcutDiT": (ShortcutDiT, ShortcutModel)}  # a class of your own goes here
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_WEIGHTS = ASSETS / "dit-mnist.safetensors"
+DISTILLED_WEIGHTS = ASSETS / "dit-mnist-fast.safetensors"
+RUNS = Path("runs")
+RUN_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "weights.safetensors"  # of a run's folder
+MAX_STEPS = 2**31     # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
 MAX_TIMESTEPS = 100_000
-MAX_DEPTH = 256             # blocks take a while to build, even without memory
-MAX_IMAGE_SIZE = 4096
-MAX_OPERATIONS = 500_000    # of a pickle, and its parts; a distilled DiT-XL in training takes 74,000
-MAX_NESTING = 1000          # of its values; a list counts once more for each thousand of its items
-CALLED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
-MAX_HEADER = 2**22          # bytes of a safetensors file before its weights; names and numbers take some 100 a tensor
+MAX_DEPTH = 256       # blocks take a while to build, even without memory
+MAX_HEADER = 2**22    # bytes of a file before its weights; names and numbers take some 100 a tensor
 
 
 class CheckpointError(Exception):
     """The file cannot be used. The message is one line that says why and names the fix."""
 
+    exit_status = 2
+
 
 @contextmanager
 def refusing(message: str, fix: str = "use a checkpoint as train.py wrote it") -> Iterator[None]:
-    """Inside, whatever goes wrong with the content of a file is a CheckpointError: "MESSAGE (reason): FIX"."""
+    """Inside, whatever is wrong with the content of a file is a CheckpointError: "MESSAGE (reason): FIX"."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # broken content can provoke any exception in PyTorch, safetensors and here
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{message} ({reason}): {fix}") from error
 
 
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
 def describe(
     network: type[DiT], config: DiTConfig, diffusion: Diffusion, classes: tuple[str, ...], data: str, step: int,
-    guidance: float, guidance_interval: list[int] | None = None,
+    guidance: float, guidance_interval: list[int] | None = None, null_class: bool = True, makes: str = "images",
 ) -> dict:
     """What a checkpoint says of itself, in plain types.
 
-    network:  the class of the network
+    network:  the class of the network, one of NETWORKS
     classes:  the names of the classes
     data:     where the training images came from, in words
     step:     how many training steps were taken
     guidance: the default guidance scale of sampling, at the timesteps guidance_interval = [low, high] (None: at all)
+    null_class: whether the null class was trained, by dropping labels, as guidance needs
+    makes:    images, or latents that a separate decoder turns into images
     """
     return dict(
-        format=FORMAT, network=network.__name__, config=asdict(config), diffusion=diffusion.config,
+        format=FORMAT, network=network.__name__, config=asdict(config), diffusion=diffusion.config, makes=makes,
         classes=list(classes), data=data, step=step, guidance=float(guidance), guidance_interval=guidance_interval,
+        null_class=null_class,
     )
-
-
-# The types of a description's values. They are compared first, because a short file can hold lists that would take
-# forever to compare or to print.
-TYPES = dict(
-    network=str, config=dict, diffusion=dict, classes=list, data=str, step=int, guidance=float,
-    guidance_interval=(list, type(None)), ema=dict,
-)
-
-
-def check(state: dict, network: type[DiT] = DiT) -> None:
-    """Raise some exception unless a description is one that `describe` could have made of weights `ema` like these.
-
-    The sizes of the largest weights are compared before a network is built, which could need all memory. Its others are
-    not much larger than these in sum, and are compared when it is there, by strict loading.
-    """
-    for name, kind in TYPES.items():
-        if name not in state or not isinstance(state[name], kind):
-            raise TypeError(f"its {name} is missing, or of another type")
-    if state["network"] != network.__name__:
-        raise ValueError(f"it holds a {state['network'][:40]}, not a {network.__name__}")
-    if any(type(state["config"][field.name]) is not field.type for field in fields(DiTConfig)):
-        raise TypeError("its config is of other types")
-    if any(type(value) not in (int, str) for value in state["diffusion"].values()):
-        raise TypeError("its diffusion is of other types")
-    config, weights = DiTConfig(**state["config"]), state["ema"]
-    if len(weights) < config.depth or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are not as many tensors as the network has")
-    T, interval = state["diffusion"]["timesteps"], state["guidance_interval"] or [0, 0]
-    ranges = [(0, state["step"], MAX_STEPS), (0, state["guidance"], MAX_GUIDANCE), (2, T, MAX_TIMESTEPS)]
-    ranges += [(1, config.depth, MAX_DEPTH), (1, config.image_size, MAX_IMAGE_SIZE)]
-    low, high = interval
-    ranges += [(0, low, high), (low, high, T - 1)]
-    if not all(least <= value <= most for least, value, most in ranges):
-        raise ValueError("its step, guidance, guidance_interval, timesteps, depth or image_size is out of range")
-    if type(low) is not int or type(high) is not int or len(state["data"]) > 1000:
-        raise ValueError("its guidance_interval or data is not as described")
-    if len(state["classes"]) != config.num_classes or not all(type(name) is str for name in state["classes"]):
-        raise ValueError(f"its classes are not {config.num_classes} names")
-
-    check_weights(config, weights)
-
-
-def check_weights(config: DiTConfig, weights: dict[str, Tensor]) -> None:
-    """Raise some exception unless weights are finite, and as large as the config says."""
-    D, P, hidden = config.hidden_size, config.patch_size, int(config.hidden_size * config.mlp_ratio)
-    largest = {
-        "pos_embed": (1, (config.image_size // P) ** 2, D), "x_embedder.proj.weight": (D, config.in_channels, P, P),
-        "y_embedder.embedding_table.weight": (config.num_classes + 1, D),
-    }
-    for i in range(config.depth):
-        largest |= {f"blocks.{i}.attn.qkv.weight": (3 * D, D), f"blocks.{i}.mlp.fc1.weight": (hidden, D)}
-    for name, shape in largest.items():
-        if name not in weights or weights[name].shape != shape:
-            raise ValueError(f"{name} is not of the shape {shape} that its config says")
-    memory = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
-    if sum(value.nbytes for value in weights.values()) > sum(memory.values()):
-        raise ValueError("its weights are larger than the file")  # many numbers that are the same place in memory
-    for name, value in weights.items():
-        if not value.is_floating_point() or not value.float().isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 @contextmanager
@@ -149,12 +97,8 @@ def writing(path: Path) -> Iterator[None]:
     """Inside, a disk that is full or may not be written is an OSError that names the file."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch.save tells of it by a RuntimeError, which it raises while it handles the OSError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -176,87 +120,36 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
             raise
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint.pt."""
-    write_whole(path, lambda file: torch.save(state, file))
+def save(path: Path, description: dict, tensors: dict) -> None:
+    """Write tensors, by name, and what describes them, in plain types.
 
-
-def save_weights(path: Path, weights: dict, description: dict) -> None:
-    """Write weights (names to tensors) and their description as safetensors."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    text = json.dumps(description)
-    content = serialize(weights, metadata={"description": text, "checksum": checksum(text, weights)})
+    The tensors may be nested, as in dict(ema=state_dict, optimizers={"0": ...}): then their names are paths, such as
+    ema/blocks.0.attn.qkv.weight. `load` nests them again.
+    """
+    tensors, text = dict(flatten(tensors)), json.dumps(description)
+    content = serialize(tensors, metadata={"description": text, "checksum": checksum(text, tensors)})
     write_whole(path, lambda file: file.write(content))
 
 
-def checksum(description: str, weights: dict) -> str:
-    """The SHA-256 of weights (names to tensors) and their description, in hexadecimal digits."""
+def flatten(tree: dict, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts, with their paths as names, as copies on the CPU."""
+    for name, value in tree.items():
+        if isinstance(value, Tensor):  # copies, because safetensors takes no two that share memory
+            yield path + name, value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        else:
+            yield from flatten(value, f"{path}{name}/")
+
+
+def checksum(description: str, tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of tensors and their description, in hexadecimal digits."""
     digest = hashlib.sha256(description.encode())
-    for name, value in sorted(weights.items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def read_safetensors(path: Path) -> dict:
-    """The description and weights of a safetensors file, or only its weights. Raises ValueError where it is damaged."""
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-            raise ValueError("its header is too long")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "description" not in metadata:
-        return weights
-    if metadata.get("checksum") != checksum(metadata["description"], weights):
-        raise ValueError("its checksum is wrong, so it is not what was written")
-    return {**json.loads(metadata["description"]), "ema": weights}
-
-
-def check_pickle(content: bytes) -> None:
-    """Raise some exception unless a pickle is short and calls only what is CALLED for tensors.
-
-    weights_only allows more, such as bytearray(10**10), which fills the memory, or forty pairs, each of which holds the
-    one before twice, which take forever as a key. So this follows the unpickler's stack. In place of each value it has
-    the number of its parts, where what is held twice counts twice, and how deep they are nested.
-    """
-    stack, memo = [], {}
-    for count, (operation, argument, _) in enumerate(pickletools.genops(content)):
-        if operation.name == "GLOBAL" and not CALLED.fullmatch(argument):
-            raise ValueError(f"it holds {argument[:100]!r}")
-        if "PUT" in operation.name:
-            memo[argument] = stack[-1]
-        elif "GET" in operation.name:
-            stack.append(memo[argument])
-        elif operation.name == "MARK":
-            stack.append(None)
-        else:
-            taken, values = len(operation.stack_before), []
-            if pickletools.stackslice in operation.stack_before:  # all values after a mark
-                taken -= 2
-                while stack[-1] is not None:
-                    values.append(stack.pop())
-                stack.pop()
-            values += [stack.pop() for _ in range(taken)]
-            parts, depth = 1 + sum(n for n, _ in values), 1 + max((d for _, d in values), default=0)
-            if max(count, parts) > MAX_OPERATIONS or depth > MAX_NESTING:
-                raise ValueError("it has too many parts")
-            stack += [(parts, depth)] * len(operation.stack_after)
-
-
-def read_pickle(path: Path) -> dict:
-    """What a .pt file holds: tensors and plain types. Raises any exception where it is broken, or holds more."""
-    with zipfile.ZipFile(path) as archive:  # as all are that torch.save has written since 2020
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it is larger unpacked than packed, and torch.save packs nothing")
-        damaged = archive.testzip()  # compares each part with its checksum, which torch.load does not
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong, so it is not what was written")
-        [pickle] = (name for name in archive.namelist() if name.lower().endswith("data.pkl"))
-        check_pickle(archive.read(pickle))
-    with warnings.catch_warnings(action="ignore"):  # of files that are not ours
-        # With weights_only, a pickle of more than tensors and plain types is refused, and nothing in it is run.
-        return torch.load(path, map_location="cpu", weights_only=True)
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def load(path: Path, model: str | None = None) -> dict:
@@ -269,23 +162,48 @@ def load(path: Path, model: str | None = None) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = next((path / name for name in (RUN_FILE, WEIGHTS_FILE) if (path / name).exists()), path / RUN_FILE)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}: give a .pt or .safetensors file, or the folder of a run")
-    fix = "use a checkpoint of train.py, a .safetensors file or a plain state dict"
-    with refusing(f"{path} is damaged, or holds more than tensors; nothing in it was run", fix):
-        state = (read_safetensors if path.suffix == ".safetensors" else read_pickle)(path)
+        raise CheckpointError(f"no checkpoint {path}: give a .safetensors file, or the folder of a run")
     if model is not None:
-        return describe_official(path, state, model)
-    if not isinstance(state, dict) or type(state.get("format")) is not str or state["format"] != FORMAT:
+        return describe_official(path, model)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no .safetensors file: for official DiT weights add --model DiT-XL/2")
+    with refusing(f"{path} is damaged, or no checkpoint", "use a checkpoint of train.py"):
+        state = read_safetensors(path)
+    if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not of format {FORMAT!r}: "
-            "make a new one with train.py; for official DiT weights add --model DiT-XL/2"
+            f"{path} is not of format {FORMAT!r}: make a new one with train.py; for official DiT weights add "
+            "--model DiT-XL/2"
         )
     return state
 
 
-def describe_official(path: Path, state: dict, model: str) -> dict:
+def read_safetensors(path: Path) -> dict:
+    """The description of a file with its tensors, nested by their paths; those without a path are "ema".
+
+    Raises ValueError where it is damaged.
+    """
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+            raise ValueError("its header is too long")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    description = metadata.get("description", "{}")
+    if "description" in metadata and metadata.get("checksum") != checksum(description, tensors):
+        raise ValueError("its checksum is wrong, so it is not what was written")
+    state = {**json.loads(description), "ema": {}}
+    for name, tensor in tensors.items():
+        *groups, last = name.split("/") if "/" in name else ("ema", name)
+        place = state
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = tensor
+    return state
+
+
+def describe_official(path: Path, model: str) -> dict:
     """Official weights of a model of MODELS with their description. Image size and channels follow from their shapes.
 
     They may be inside of {"model": ..., "ema": ...}, as training saves them, and have prefixes from compiling or DDP.
@@ -293,7 +211,13 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
     if model not in MODELS:
         raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
     patch_size = MODELS[model]["patch_size"]
-    with refusing(f"{path} holds no weights of the official {model}", "leave --model out for files of train.py"):
+    fix = "use a plain state dict, and leave --model out for files of train.py"
+    with refusing(f"{path} holds no weights of the official {model}; nothing in it was run", fix):
+        if path.suffix == ".safetensors":
+            state = read_safetensors(path)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # of files that are not ours
+                state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("ema", state.get("model", state))
         state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
         side = round(state["pos_embed"].shape[1] ** 0.5)
@@ -304,20 +228,103 @@ def describe_official(path: Path, state: dict, model: str) -> dict:
             **MODELS[model], image_size=side * patch_size, in_channels=in_channels, num_classes=num_classes,
             learn_sigma=out_channels == 2 * in_channels,
         )
-    classes = tuple(str(label) for label in range(num_classes))
-    about = describe(DiT, config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0)
+    classes, makes = tuple(str(label) for label in range(num_classes)), "images" if in_channels in (1, 3) else "latents"
+    about = describe(
+        DiT, config, Diffusion("linear", "eps", 1000), classes, "official weights", 0, guidance=4.0, makes=makes
+    )
     return {**about, "ema": state}
 
 
-def build(
-    state: dict, device: torch.device | str = "cpu", network: type[DiT] = DiT
-) -> tuple[DiT, Diffusion, dict]:
-    """A loaded checkpoint as (network with the averaged weights, diffusion, description). Raises CheckpointError."""
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+# The types of a description's values.
+TYPES = dict(
+    network=str, config=dict, diffusion=dict, makes=str, classes=list, data=str, step=int, guidance=float,
+    guidance_interval=(list, type(None)), null_class=bool,
+)
+
+
+def check(state: dict) -> None:
+    """Raise some exception unless this is a description that `describe` could have made."""
+    for name, kind in TYPES.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise TypeError(f"its {name} is missing, or of another type")
+    config, T, interval = state["config"], state["diffusion"]["timesteps"], state["guidance_interval"] or [0, 0]
+    if any(type(value) not in (int, float, bool, str, list, type(None)) for value in config.values()):
+        raise TypeError("its config is of other types")
+    unknown = config.keys() - {field.name for field in fields(DiTConfig)}
+    if unknown:
+        raise ValueError(f"dit.DiTConfig has no field {', '.join(sorted(unknown))}, and its network was built with it")
+    low, high = interval
+    ranges = [
+        (0, state["step"], MAX_STEPS), (0, state["guidance"], MAX_GUIDANCE), (2, T, MAX_TIMESTEPS), (0, low, high),
+        (low, high, T - 1), (1, config.get("depth", 1), MAX_DEPTH), (0, len(state["data"]), 1000),
+    ]
+    if not all(least <= value <= most for least, value, most in ranges):
+        raise ValueError("its step, guidance, guidance_interval, timesteps, depth or data is out of range")
+    if type(low) is not int or type(high) is not int or state["makes"] not in ("images", "latents"):
+        raise ValueError("its guidance_interval or makes is not as described")
+    number = DiTConfig(**config).num_classes
+    if len(state["classes"]) != number or not all(type(name) is str for name in state["classes"]):
+        raise ValueError(f"its classes are not {number} names")
+
+
+def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError unless these are the weights of such a network: by name, shape and kind, all of them finite.
+
+    The network is built on the device `meta`, where tensors have shapes and no memory.
+    """
+    with torch.device("meta"):
+        expected = network(config).state_dict()
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{name} is {'missing' if name in expected else 'not a part of the network'}")
+    for name, tensor in expected.items():
+        value = weights[name]
+        if not isinstance(value, Tensor) or value.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name} is not of the type {tensor.dtype}")
+        if value.shape != tensor.shape:
+            raise ValueError(f"{name} is of shape {tuple(value.shape)}, and the network needs {tuple(tensor.shape)}")
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def build(state: dict, device: torch.device | str = "cpu", network: type[DiT] | None = None) -> TrainedModel:
+    """A loaded checkpoint as a network with its averaged weights, to sample from. Raises CheckpointError.
+
+    network: its class, if it is none of NETWORKS
+    """
     with refusing("the weights do not fit the network that the checkpoint describes"):
-        check(state, network)
-        model = network(DiTConfig(**state["config"]))
+        check(state)
+        name = state["network"]
+        if name not in NETWORKS if network is None else name != network.__name__:
+            raise ValueError(f"it holds a {name[:40]}, not a {network.__name__ if network else ' or '.join(NETWORKS)}")
+        network, kind = NETWORKS.get(name, (network, TrainedModel)) if network is None else (network, TrainedModel)
+        config = DiTConfig(**state["config"])
+        check_weights(network, config, state["ema"])
+        model = network(config)  # not what is left of it on `meta`, since a network may hold more than its weights
         model.load_state_dict(state["ema"])
-        process = LearnedVariance if model.config.learn_sigma else Diffusion
+        process = LearnedVariance if config.learn_sigma else Diffusion
         diffusion = process(**state["diffusion"], device=device)
-    description = {name: state[name] for name in ("format", *TYPES) if name != "ema"}
-    return model.to(device).eval(), diffusion, description
+    description = {name: state[name] for name in ("format", *TYPES)}
+    return kind(model.to(device).eval(), diffusion, description)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", model: str | None = None) -> TrainedModel:
+    """The model of a checkpoint, to sample from. model: the name of official weights. Raises CheckpointError."""
+    return build(load(path, model), device)
+
+
+def find_checkpoint(sampler: str | None = None) -> Path:
+    """The newest run that has samples, else the bundled weights; for the shortcut sampler, the distilled ones.
+
+    Raises CheckpointError where there are none.
+    """
+    if sampler == "shortcut":
+        return DISTILLED_WEIGHTS
+    runs = sorted(RUNS.glob(f"*/{RUN_FILE}"), key=lambda path: path.stat().st_mtime)
+    runs = [path for path in runs if [*path.parent.glob("samples/*")] or not path.with_name("samples").exists()]
+    path = runs[-1] if runs else BUNDLED_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError("no weights yet: train some with python train.py, or give a file with --checkpoint")
+    return path

@@ -1,6 +1,7 @@
 """What the command lines share: errors that take one line, argument types, the choice of a device, new file names."""
 
 import argparse
+import errno
 import io
 import itertools
 import os
@@ -9,18 +10,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import MAX_GUIDANCE, MAX_STEPS, CheckpointError, refusing
-from dataset import DataError, Images
-from dit import MODELS, DiTConfig
-from speed import best_precision, threads
+from speed import threads
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -37,18 +35,41 @@ def process_numbers() -> tuple[int, int, int]:
 
 
 RANK, LOCAL_RANK, WORLD = process_numbers()
-ASSETS = Path(__file__).parent / "assets"
-BUNDLED_WEIGHTS = ASSETS / "dit-mnist.safetensors"
-DISTILLED_WEIGHTS = ASSETS / "dit-mnist-fast.safetensors"
-NOT_SETTINGS = ("help", "run_dir", "resume")  # flags that a run does not keep
+MAX_COUNT = 2**31  # of anything that a command line counts
+# What torch.distributed says of a process that is gone.
+LOST_PROCESS = r"(?i)\bDist\w*Error|gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe"
+FIXES = {  # of an OSError
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "it cannot be written, so name another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EEXIST: "give another name, or remove it first",
+    errno.ENOENT: "give one that exists",
+}
+claimed: list[Path] = []  # new files of this process, see `output_path`
 
 
 class UsageError(Exception):
     """The command line asks for something that cannot be done. The message is one line that names the fix."""
 
+    exit_status = 2
+
 
 class WorkError(Exception):
     """Work that had begun cannot continue. The message is one line."""
+
+    exit_status = 1
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Inside, a ValueError, whose message names the fix, is a UsageError: what was asked for does not fit."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_environment() -> None:
@@ -99,8 +120,8 @@ def repeat_signal(ignored: "sys.UnraisableHookArgs") -> None:
 def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size") -> NoReturn:
     """Do the work of a script and exit with the status that it returns, or with one line where it cannot be done.
 
-    The status is 2 for bad usage (UsageError, CheckpointError, DataError), 1 for work that cannot continue,
-    and 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback.
+    The status is that of the exception, if it has an `exit_status`: 2 for bad usage, 1 for work that cannot continue.
+    It is 130 for Ctrl-C. Other exceptions are faults in the code, and keep their traceback.
 
     memory: the fix where there is too little of it
     """
@@ -121,6 +142,8 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         sys.exit(130)
     except Exception as error:
         status, message = explain(error, memory)
+    finally:
+        remove_empty()
     # Names of files and classes may hold anything. What is printed is one line, and commands no terminal.
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     line = line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"  # a file can hold a name of any length
@@ -130,17 +153,17 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
 
 def explain(error: Exception, memory: str) -> tuple[int, str]:
     """The exit status and the message for an exception, see `run_script`. Raises those that are faults in the code."""
-    if isinstance(error, UsageError | CheckpointError | DataError):
-        return 2, str(error)
-    if isinstance(error, WorkError | FloatingPointError):
+    if hasattr(error, "exit_status"):
+        return error.exit_status, str(error)
+    if isinstance(error, FloatingPointError):
         return 1, str(error)
-    if isinstance(error, OSError):  # a full disk, or no right to write there
-        place = f"cannot use {error.filename} ({error.strerror}): make room there, or name another place"
-        return 1, place if error.filename else str(error)
+    if isinstance(error, OSError):
+        fix = FIXES.get(error.errno, "name another place")
+        return 1, f"cannot use {error.filename} ({error.strerror}): {fix}" if error.filename else str(error)
     # PyTorch has no exceptions of its own for a CPU without memory, or for a process that is gone.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return 1, f"there is too little memory: {memory}"
-    if isinstance(error, RuntimeError) and WORLD > 1:
+    if WORLD > 1 and isinstance(error, RuntimeError) and re.search(LOST_PROCESS, f"{type(error).__name__} {error}"):
         gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
         return 1, f"{gone} ({str(error)[:100]})"
     raise error
@@ -154,7 +177,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, presets: dict[str, dict] | None = None):
         super().__init__(prog, description=description)
-        self.presets = presets or {}
+        self.presets, self.defaults = presets or {}, {}
 
     def group(self, title: str) -> Callable[..., None]:
         """A group of flags, as a function that adds one: flag("--lr", default, help, **options of add_argument)."""
@@ -162,12 +185,13 @@ class Parser(argparse.ArgumentParser):
 
         def flag(name: str, default: object, help: str, **options) -> None:
             key = name.lstrip("-").replace("-", "_")
-            shown = ", ".join(f"{preset[key]} on {device}" for device, preset in self.presets.items() if key in preset)
+            self.defaults[key] = default
+            presets = ", ".join(f"{preset[key]} on {name}" for name, preset in self.presets.items() if key in preset)
             if isinstance(default, bool):
                 options["action"] = argparse.BooleanOptionalAction
-            if shown or "(default" not in help:
-                help = f"{help} (default: {shown or '%(default)s'})"
-            group.add_argument(name, default=default, help=help, **options)
+            if presets or "(default" not in help:
+                help = f"{help} (default: {presets or default})"
+            group.add_argument(name, default=argparse.SUPPRESS, help=help, **options)  # only what is given is kept
 
         return flag
 
@@ -175,71 +199,57 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
 
     def settings(
-        self, argv: list[str] | None, saved: dict | None = None, may_change: set[str] = frozenset()
+        self, given: dict, saved: dict | None = None, may_change: set[str] = frozenset()
     ) -> tuple[argparse.Namespace, torch.device]:
-        """The settings of a run, and its device. A flag that is given comes first, then the setting that a resumed run
-        saved, then the preset of the device, then the parser's default.
+        """The value of every flag, and the device. A flag that is given comes first, then the setting that a run to
+        resume saved, then the preset of the device, then the default.
 
-        may_change: what a resumed run may do otherwise than it began. Raises UsageError, CheckpointError.
+        given:      the flags of the command line, vars(parse_args(argv))
+        may_change: what a resumed run may do otherwise than it began
+
+        Raises UsageError; ValueError for saved settings that no command line could have given.
         """
-        given = self.parse_args(argv)
-        if given.minutes and given.steps:
-            raise UsageError("--minutes replaces --steps: leave one out")
-        if saved is None:
-            device, saved = pick_device(given.device), {}
-            self.set_defaults(**self.presets[device.type])
-        elif given.minutes:
-            raise UsageError("--minutes replaces --steps: a run that is resumed takes --steps")
-        else:
-            with refusing("the settings in this checkpoint are damaged"):
-                self.check(saved)
-            device = pick_device(given.device or saved["device"])
-            self.set_defaults(**saved)
-        args = self.parse_args(argv)
-        for name in sorted(saved.keys() - may_change):
-            if getattr(args, name) != saved[name]:
+        saved = saved or {}
+        unknown = sorted(saved.keys() - self.defaults.keys())
+        if unknown:
+            warnings.warn(f"{self.prog} has no flags for these settings of the run: {', '.join(unknown)}", stacklevel=2)
+        saved = {name: self.checked(name, value) for name, value in saved.items() if name in self.defaults}
+        for name in sorted(given.keys() & saved.keys() - may_change):
+            if given[name] != saved[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} was {saved[name]} in this run and cannot change: leave it out")
-        if given.minutes:
-            args.steps = None
-        elif args.steps:
-            args.minutes = None
-        args.precision = args.precision or best_precision(device)
-        if args.batch_size % (WORLD * args.grad_accum_steps):
-            divisor = f"--grad-accum-steps {args.grad_accum_steps}"
-            divisor = f"{WORLD} processes x {divisor}" if WORLD > 1 else divisor
-            raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {divisor}: use one that is")
-        return args, device
+        device = pick_device(given.get("device") or saved.get("device"))
+        values = {**self.defaults, **self.presets.get(device.type, {}), **saved, **given}
+        return argparse.Namespace(**values), device
 
-    def check(self, settings: dict) -> None:
-        """Raise some exception unless these settings, from a file, are ones that a command line could have given."""
-        actions = {action.dest: action for action in self._actions if action.dest not in NOT_SETTINGS}
-        if settings.keys() != actions.keys():
-            raise ValueError("they have other names")
-        for name, action in actions.items():
-            values = settings[name] if action.nargs == "+" and settings[name] is not None else [settings[name]]
-            if type(values) is not list:
-                raise TypeError(f"{name} is not a list")
-            for value in values:
-                if value is None:
-                    fits = action.default is None or name in ("steps", "minutes")
-                elif isinstance(action, argparse.BooleanOptionalAction):
-                    fits = type(value) is bool
-                else:
-                    known = type(value) in (int, float, str) and (action.choices is None or value in action.choices)
-                    fits = known and (action.type or str)(str(value)) == value
-                if not fits:
-                    raise ValueError(f"{name} cannot be like this")
-        if settings["steps"] is None and settings["minutes"] is None:
-            raise ValueError("they have neither steps nor minutes")
+    def checked(self, name: str, value: object) -> object:
+        """The value of a flag, from a file. Raises ValueError where no command line could have given it."""
+        action = next(action for action in self._actions if action.dest == name)
+        values = value if action.nargs == "+" and type(value) is list else [value]
+        if value is None:
+            return None
+        fits = all(type(v) in (int, float, str, bool) for v in values)
+        try:
+            if isinstance(action, argparse.BooleanOptionalAction):
+                fits = type(value) is bool
+            elif fits and (action.nargs != "+" or type(value) is list):
+                fits = [self._get_value(action, str(v)) for v in values] == values
+                fits = fits and (action.choices is None or value in action.choices)
+            else:
+                fits = False
+        except (argparse.ArgumentError, UsageError):
+            fits = False
+        if not fits:
+            raise ValueError(f"the setting {name} cannot be {str(value)[:40]!r}")
+        return value
 
 
-def number(kind: type, low: float, high: float = MAX_STEPS) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = MAX_COUNT) -> Callable[[str], float]:
     """An argparse type: a number of this kind from low to high."""
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            limits = f"{low} or more" if value < low and high == MAX_STEPS else f"{low} to {high}"
+            limits = f"{low} or more" if value < low and high == MAX_COUNT else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"is {text[:40]}: use {limits}")
         return value
 
@@ -265,57 +275,35 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def guidance_settings(values: list[float], timesteps: int) -> dict:
-    """`--guidance W` or `--guidance W LOW HIGH` as arguments of TrainedModel.sample_batch. Raises UsageError."""
-    weight, *interval = values
-    inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
-    if interval and not (inside and all(t == int(t) for t in interval)):
-        raise UsageError(
-            f"--guidance takes W, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
-        )
-    if not abs(weight) <= MAX_GUIDANCE:
-        raise UsageError(f"a guidance scale must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
-    return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
-
-
-def default_guidance(args: argparse.Namespace) -> list[float]:
-    """`--guidance` for samples of a model that is trained with these settings."""
-    if not args.label_dropout:  # then no unconditional prediction is learned
-        return [1.0]
-    # With flow, guidance only at the middle timesteps is better by every measure (docs/recipe.md), and cheaper.
-    return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
-
-
-def network_config(args: argparse.Namespace, data: Images, choose_patch: bool) -> DiTConfig:
-    """The shape of the network for these images. choose_patch: take patches that fit them. Raises UsageError."""
-    C, S, _ = data.pixels[0].shape
-    if choose_patch and S % MODELS[args.model]["patch_size"]:
-        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
-    patch = MODELS[args.model]["patch_size"]
-    if S % patch:
-        sizes = f"{max(S // patch, 1) * patch} or {(S // patch + 1) * patch}"
-        raise UsageError(f"{args.model} cuts images into patches of {patch} pixels, and these have {S}: "
-                         f"use --image-size {sizes}, or a --model of other patches")
-    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
-    return DiTConfig(**MODELS[args.model], **shape)
-
-
 def output_path(path: Path | None, default: str) -> Path:
-    """Where to write a new file: `path`, else outputs/DEFAULT under the next free number. Makes the folder for it.
+    """Where to write a new file: `path`, else outputs/DEFAULT under the next free number.
 
-    Raises UsageError where a file is there already, or has another suffix than `default`.
+    Makes its folder, and an empty file, so that no other process takes the name; `run_script` removes the file if it
+    stays empty. Raises UsageError where a file is there already, or has another suffix than `default`.
     """
     stem, suffix = Path(default).stem, Path(default).suffix
-    numbered = (Path("outputs") / f"{stem}-{number}{suffix}" for number in itertools.count(1))
-    path = path or next(free for free in numbered if not free.exists())
-    if path.suffix != suffix:
+    if path and path.suffix != suffix:
         raise UsageError(f"{path} must end in {suffix}")
-    if path.exists():
-        raise UsageError(f"{path} is there already: give another name, or remove it first")
+    folder = path.parent if path else Path("outputs")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            place = path or folder / f"{stem}-{number}{suffix}"
+            with suppress(FileExistsError):
+                open(place, "x").close()
+                claimed.append(place)
+                return place
+            if path:
+                raise UsageError(f"{path} is there already: give another name, or remove it first")
     except OSError as error:
-        raise UsageError(f"cannot make the folder {path.parent} ({error}): name another place") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"the folder {path.parent} may not be written: name another place")
-    return path
+        fix = FIXES.get(error.errno, "name another place")
+        raise UsageError(f"cannot write into the folder {folder} ({error.strerror}): {fix}") from error
+
+
+def remove_empty() -> None:
+    """Remove the files that `output_path` made and nothing was written to."""
+    for path in claimed:
+        with suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
+    claimed.clear()

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: DDPM first, then other samplers. It is independent of the network.
+"""The mathematics of diffusion as in DDPM, for any noise schedule. It is independent of the network.
 
 A diffusion model learns to remove noise. The forward process turns an image x0 into noise eps ~ N(0, I), in T
 timesteps: x_t = alpha_t x0 + sigma_t eps. The network is trained to predict eps from x_t (or x0, or v, see
@@ -15,7 +15,8 @@ DDPM is Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239:
 
 Timesteps t run from 0, the least noisy (DDPM's t = 1), to T - 1, which is almost pure noise (DDPM's t = T). The lists
 alpha and sigma have one entry more, so that index -1 is the clean image, with alpha = 1 and sigma = 0. The last reverse
-step goes from t = 0 to -1, and therefore adds no noise. In the samplers, s is the timestep that follows t.
+step goes from t = 0 to -1, and therefore adds no noise. In the samplers, s is the timestep that follows t. Samplers
+that need fewer steps are in sampling.py.
 
 Images are in [-1, 1]. Shapes: B batch, C channels, H W height and width. A model is any function
 model(x_t, t, y) -> (B, C, H, W) of noisy images, timesteps (B,) and labels (B,).
@@ -110,9 +111,8 @@ class Diffusion:
             "v": (d_sigma / (alpha * d_sigma - sigma * d_alpha), -sigma / (alpha * d_sigma - sigma * d_alpha)),
         }[prediction]
 
-        # Samplers use plain numbers of double precision; index -1 is the clean image. Training uses float32 tables.
+        # The steps of samplers are computed from these numbers, in double precision. `extract` has them for images.
         self.alpha, self.sigma = [*alpha.tolist(), 1.0], [*sigma.tolist(), 0.0]
-        self.x_factor, self.out_factor = x_factor.tolist(), out_factor.tolist()
         self.tables, self.device = {}, device
         self.add_tables(
             alpha=torch.tensor(self.alpha, dtype=torch.float64),
@@ -146,9 +146,12 @@ class Diffusion:
         """
         x_t = self.q_sample(x0, t, eps)                          # (B, C, H, W)
         out = model(x_t, t, y).float()                           # (B, C, H, W)
+        return self.loss(out, x0, x_t, t, eps)                   # (B,)
+
+    def loss(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of what the network predicts at x_t, (B,): the squared error, over `loss_divisor`."""
         error = out - self.target(x0, t, eps)
-        loss = error.square().flatten(1).mean(1)                 # (B,)
-        return loss / self.tables["loss_divisor"][t]
+        return error.square().flatten(1).mean(1) / self.tables["loss_divisor"][t]
 
     def loss_divisor(self, min_snr: float | None) -> Tensor:
         """What the squared error is divided by at each timestep, (T,).
@@ -171,8 +174,6 @@ class Diffusion:
 
     def predict_x0(self, out: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
         """The x0_hat that follows from a prediction `out` at x_t. t is (B,), or one timestep for all images."""
-        if isinstance(t, int):
-            return self.x_factor[t] * x_t + self.out_factor[t] * out
         return self.extract("x_factor", t) * x_t + self.extract("out_factor", t) * out
 
     def posterior(self, t: int, s: int) -> tuple[float, float, float, float]:
@@ -219,27 +220,32 @@ def drop_labels(y: Tensor, null: int, p: float, u: Tensor) -> Tensor:
 
 
 def guide(
-    model: Callable, y: Tensor, null: int, scale: float | Tensor = 1.0, interval: tuple[float, float] = (0, math.inf)
+    model: Callable, y: Tensor, null: int, scale: float = 1.0, interval: tuple[float, float] = (0, math.inf)
 ) -> Callable[..., Tensor]:
     """predict(x_t, t) for labels y (B,), with classifier-free guidance (arXiv 2207.12598).
 
     out = unconditional + scale * (conditional - unconditional), where scale is the guidance scale: 0 is unconditional,
     1 is conditional, above 1 extrapolates. (The paper's w is scale - 1.) Outside of interval = (low, high), the scale
-    is 1 (arXiv 2404.07724). t is (B,), or one timestep for all images. With a scale other than 1, the network is
-    called once with a batch of 2B.
+    is 1 (arXiv 2404.07724). Only as many channels as x_t has are guided: the others, of a learned variance, stay
+    conditional.
+
+    t: one timestep for all images, or (B,). Where the scale is not 1, the network is called once with a batch of 2B.
     """
     low, high = interval
     nulls = torch.full_like(y, null)
 
     def predict(x_t: Tensor, t: Tensor | int) -> Tensor:
-        t = torch.as_tensor(t, device=y.device).expand(len(y))
-        inside = ((low <= t) & (t <= high)).view(-1, 1, 1, 1)
-        scales = torch.where(inside, scale, 1.0)
-        if (scales == 1).all():
-            return model(x_t, t, y).float()
-        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, nulls])).float()
+        one = not isinstance(t, Tensor)
+        times = torch.full_like(y, t) if one else t
+        if scale == 1 or one and not low <= t <= high:  # compared as numbers, so that nothing waits for a GPU
+            return model(x_t, times, y).float()
+        both = model(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([y, nulls])).float()
         conditional, unconditional = both.chunk(2)
-        return unconditional + scales * (conditional - unconditional)
+        guided = unconditional + scale * (conditional - unconditional)
+        if not one:
+            guided = torch.where(((low <= t) & (t <= high)).view(-1, 1, 1, 1), guided, conditional)
+        C = x_t.shape[1]
+        return torch.cat([guided[:, :C], conditional[:, C:]], dim=1) if both.shape[1] > C else guided
 
     return predict
 
@@ -263,12 +269,13 @@ def clip(x0_hat: Tensor, x_t: Tensor, t: int) -> Tensor:
 #   timesteps                   decreasing, from T - 1 to 0, see `spaced_timesteps`
 #   noise()                     a fresh N(0, I) tensor like x
 #   constrain(x0_hat, x_t, t)   returns the x0_hat to use: clamped, as by `clip`, or with a part that is known
+#   callback(t, x_t, x0_hat)    is called at each step, if there is one, with the x0_hat that is used
 
 
 @torch.no_grad()
 def ddpm(
     diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable,
-    constrain: Callable = clip,
+    constrain: Callable = clip, callback: Callable | None = None,
 ) -> Tensor:
     """DDPM Algorithm 2: each step samples from q(x_s | x_t, x0_hat).
 
@@ -278,62 +285,10 @@ def ddpm(
     for t, s in pairwise([*timesteps, -1]):
         out = predict(x, t)
         x0_hat = constrain(diffusion.predict_x0(out, x, t), x, t)
+        if callback:
+            callback(t, x, x0_hat)
         c_t, c_0, _, _ = diffusion.posterior(t, s)
         x = c_t * x + c_0 * x0_hat
         if s >= 0:  # the clean image gets no noise
             x = x + diffusion.reverse_std(t, s, out) * noise()
     return x
-
-
-# ------------------------------------------------------------------------------------------------ samplers in few steps
-
-
-@torch.no_grad()
-def ddim(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
-    constrain: Callable = clip, eta: float = 0.0,
-) -> Tensor:
-    """DDIM, arXiv 2010.02502, Eq. 12 and 16: combine x0_hat and eps_hat at the noise level of s.
-
-    eta, 0 to 1, scales the standard deviation of the noise that each step adds. With 0 the sampler is deterministic,
-    needs no noise(), and for flow is Euler's method (where x0_hat is not clamped). With 1 it is DDPM, with the variance
-    of the posterior.
-    """
-    alpha, sigma = diffusion.alpha, diffusion.sigma
-    for t, s in pairwise([*timesteps, -1]):
-        x0_hat = constrain(diffusion.predict_x0(predict(x, t), x, t), x, t)
-        eps_hat = (x - alpha[t] * x0_hat) / sigma[t]  # from x0_hat, which may have been clamped
-        variance = eta**2 * diffusion.posterior(t, s)[2]
-        x = alpha[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
-        if variance > 0:
-            x = x + math.sqrt(variance) * noise()
-    return x
-
-
-@torch.no_grad()
-def dpm_solver(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
-    constrain: Callable = clip,
-) -> Tensor:
-    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: DDIM with an x0_hat that is extrapolated from the last two.
-
-    It is of second order in h, the difference of lambda = log(alpha / sigma) between two timesteps. Only the first
-    step, which has no x0_hat before it, and the last, where lambda goes to infinity, are of first order. It adds no
-    noise.
-    """
-    alpha, sigma = diffusion.alpha, diffusion.sigma
-    previous_x0_hat = previous_h = None
-    for t, s in pairwise([*timesteps, -1]):
-        x0_hat = constrain(diffusion.predict_x0(predict(x, t), x, t), x, t)
-        if s < 0:
-            return x0_hat
-        h = math.log(alpha[s] / sigma[s]) - math.log(alpha[t] / sigma[t])
-        extrapolated = x0_hat  # the paper's D
-        if previous_x0_hat is not None:
-            slope = h / (2 * previous_h)
-            extrapolated = x0_hat + slope * (x0_hat - previous_x0_hat)
-        x = sigma[s] / sigma[t] * x - alpha[s] * math.expm1(-h) * extrapolated
-        previous_x0_hat, previous_h = x0_hat, h
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

@@ -118,17 +118,19 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict], step: int) -> None:
-    """Restore optimizers after this many steps. Raises some exception unless `saved` are their own state_dicts."""
-    for optimizer, state_dict in zip(optimizers, saved, strict=True):
+def optimizer_states(optimizers: list[torch.optim.Optimizer]) -> dict:
+    """The tensors that optimizers keep of each parameter, nested under numbers as strings, see checkpoint.save."""
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    return {str(i): {str(n): kept for n, kept in state.items()} for i, state in enumerate(states)}
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
+    """Restore what `optimizer_states` gave. Raises some exception where it is not finite, or of other shapes."""
+    for i, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-        if state_dict["state"].keys() != set(range(len(parameters) if step else 0)):
-            raise ValueError("an optimizer's state is not that of its network")
-        for i, kept in state_dict["state"].items():
-            expected = {name: () if name == "step" else parameters[i].shape for name in names}
-            if {name: value.shape for name, value in kept.items()} != expected:
-                raise ValueError("an optimizer's state has other shapes than its network")
-            if not all(v.is_floating_point() and v.is_contiguous() and v.isfinite().all() for v in kept.values()):
-                raise ValueError("an optimizer's state is not of finite numbers")
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state_dict["state"]})
+        state = {int(n): kept for n, kept in saved.get(str(i), {}).items()}
+        for n, kept in state.items():
+            for name, value in kept.items():
+                if value.shape not in (parameters[n].shape, ()) or not value.isfinite().all():
+                    raise ValueError(f"{name} of an optimizer is not of its parameter's shape, or not finite")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -5,25 +5,26 @@
     python train.py --resume runs/mnist-1
     torchrun --nproc-per-node=4 train.py                     the same, on four GPUs
 
-From top to bottom: the settings, one training step, the loop. Around the loop, run.py keeps the folder, the log and the
-checkpoints.
+From top to bottom: the settings, one training step, the loop. rundir.py has what surrounds the loop: the folder of the
+run with its log and checkpoints, signals, several processes.
 """
 
 import argparse
 import copy
-from dataclasses import asdict
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import refusing
-from cli import WORLD, Parser, UsageError, default_guidance, guidance_settings, network_config, number, run_script
+import checkpoint
+import dataset
+from cli import RANK, WORLD, Parser, UsageError, number, run_script, usage
 from dataset import FOLDER_IMAGE_SIZE, Images
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS, Diffusion, drop_labels, sample_timesteps
 from dit import MODELS, DiT, DiTConfig
-from optim import learning_rate, load_optimizers, make_optimizers, take_step, update_ema
-from run import Run, add_run_flags, distributed, local_part
-from sampling import TrainedModel, seeded
+from optim import learning_rate, load_optimizers, make_optimizers, optimizer_states, take_step, update_ema
+from rundir import RunDir, add_run_flags, distributed, local_part
+from sampling import TrainedModel, grid, guidance_settings, seeded
 from speed import checkpoint_blocks, compile_blocks, fast_attention
 from variance import LearnedVariance
 
@@ -72,6 +73,31 @@ def build_parser() -> Parser:
     return parser
 
 
+def default_guidance(args: argparse.Namespace) -> list[float]:
+    """`--guidance` for samples of a model that is trained with these settings."""
+    if not args.label_dropout:  # then no unconditional prediction is learned
+        return [1.0]
+    # With flow, guidance only at the middle timesteps is better by every measure (docs/lab-notebook.md), and cheaper.
+    return [2.0, 300.0, 800.0] if args.schedule == "flow" else [1.5]
+
+
+def network_config(args: argparse.Namespace, data: Images, model_is_given: bool = True) -> DiTConfig:
+    """The shape of the network for these images. If the model was not given, its patches are chosen to fit them.
+
+    Raises UsageError.
+    """
+    C, S, _ = data.pixels[0].shape
+    if not model_is_given and S % MODELS[args.model]["patch_size"]:
+        args.model = args.model.split("/")[0] + "/8"  # 7 suits 28 pixels; other usual sizes are multiples of 8
+    patch = MODELS[args.model]["patch_size"]
+    if S % patch:
+        sizes = " or ".join(dict.fromkeys(str(n * patch) for n in (max(S // patch, 1), S // patch + 1)))
+        raise UsageError(f"{args.model} cuts images into patches of {patch} pixels, and these have {S}: "
+                         f"use --image-size {sizes}, or a --model of other patches")
+    shape = dict(image_size=S, in_channels=C, num_classes=len(data.classes), learn_sigma=args.learn_sigma)
+    return DiTConfig(**MODELS[args.model], **shape)
+
+
 class Trainer:
     """A network in training, its moving average, and its optimizers.
 
@@ -91,7 +117,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.make_networks()
         if state:
-            with refusing("the state of this run does not fit its settings"):
+            with checkpoint.refusing("the state of this run does not fit its settings and networks"):
                 self.load(state)
         if args.gradient_checkpointing:
             checkpoint_blocks(self.model.blocks)
@@ -103,7 +129,8 @@ class Trainer:
         args = self.args
         diffusion_class = LearnedVariance if self.config.learn_sigma else Diffusion
         self.diffusion = diffusion_class(args.schedule, args.prediction, TIMESTEPS, self.device, args.min_snr)
-        self.sampling_guidance, self.label_dropout = guidance_settings(args.guidance, TIMESTEPS), args.label_dropout
+        self.guidance = guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
+        self.label_dropout = args.label_dropout
         self.model = self.network(self.config).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model, args)
@@ -112,87 +139,151 @@ class Trainer:
     def dry_run(self) -> None:
         """A forward and a backward pass of blank images, whose gradients the next step removes."""
         n = self.micro_batch_size
-        t, _, eps = (values[:n].to(self.device) for values in self.randomness(0))
+        random = {name: values[:n].to(self.device) for name, values in self.randomness(0).items()}
+        random.pop("u")
         x0, y = torch.zeros(n, *self.shape, device=self.device), torch.zeros(n, dtype=torch.long, device=self.device)
         with fast_attention(self.device, self.args.precision):
-            self.loss(x0, y, t, eps).backward()
+            self.losses(x0, y, **random).mean().backward()
 
-    def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One training step, DDPM Algorithm 1. Returns the loss and the norm of its gradient, tensors of one number.
+    def randomness(self, step: int) -> dict[str, Tensor]:
+        """What is random in a step: timesteps t (B,), uniform u (B,) for label dropout, noise eps (B, C, S, S)."""
+        args, n = self.args, self.args.batch_size
+        generator = seeded(args.seed, FIRST_INDEX + step)
+        t = sample_timesteps(n, self.diffusion.T, args.timestep_distribution, generator, args.timestep_mean)
+        u = torch.rand(n, generator=generator)
+        return dict(t=t, u=u, eps=self.noise(step, (n, *self.shape), generator))
 
-        step_index: 0 for the first step
-        x0, y:      this process's part of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
+    def noise(self, step: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """The noise of a step. It is large, so on a GPU it is sampled there, with a generator of its own."""
+        if self.device.type != "cpu":
+            generator = seeded(self.args.seed, FIRST_INDEX + step, self.device)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+    def step(self, step: int, x0: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
+        """One training step, DDPM Algorithm 1: forward, backward, clip, optimizers, average of the weights.
+
+        step:  its number, 0 for the first one
+        x0, y: this process's part of the batch: images (b, C, S, S) in [-1, 1] and their labels (b,)
+        lr:    the learning rate
+
+        Returns the losses (b,), the timesteps over T (b,) to which they belong, and the norm of the gradient.
         """
         args, n = self.args, self.micro_batch_size
-        t, u, eps = (local_part(values, self.device) for values in self.randomness(step_index))
-        y = drop_labels(y, self.config.num_classes, self.label_dropout, u)        # for guidance
+        random = {name: local_part(values, self.device) for name, values in self.randomness(step).items()}
+        y = drop_labels(y, self.config.num_classes, self.label_dropout, random.pop("u"))       # for guidance
+        self.prepare(x0, y, random)
         self.model.zero_grad()
-        total = 0.0
+        losses = []
         for i in range(args.grad_accum_steps):
             micro = slice(i * n, (i + 1) * n)
             self.ddp_model.require_backward_grad_sync = i == args.grad_accum_steps - 1
             with fast_attention(self.device, args.precision):  # backward too, for --gradient-checkpointing
-                loss = self.loss(x0[micro], y[micro], t[micro], eps[micro]) / args.grad_accum_steps
-                loss.backward()
-            total = total + loss.detach()
+                loss = self.losses(x0[micro], y[micro], **{name: v[micro] for name, v in random.items()})
+                (loss.mean() / args.grad_accum_steps).backward()
+            losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        take_step(self.optimizers, learning_rate(step_index, args))
-        update_ema(self.ema, self.model, step_index, args.ema_decay)
-        return total, norm
+        take_step(self.optimizers, lr)
+        update_ema(self.ema, self.model, step, args.ema_decay)
+        return dict(losses=torch.cat(losses), t_of_T=random["t"] / self.diffusion.T, gradient_norm=norm)
 
-    def randomness(self, step_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is random in a step: timesteps t (B,), uniform u (B,) for label dropout, noise eps (B, C, S, S)."""
-        args, n = self.args, self.args.batch_size
-        generator = seeded(args.seed, FIRST_INDEX + step_index)
-        t = sample_timesteps(n, self.diffusion.T, args.timestep_distribution, generator, args.timestep_mean)
-        u = torch.rand(n, generator=generator)
-        if self.device.type != "cpu":  # the noise is large, so it is sampled on the device
-            generator = seeded(args.seed, FIRST_INDEX + step_index, self.device)
-        return t, u, torch.randn(n, *self.shape, generator=generator, device=self.device)
+    def prepare(self, x0: Tensor, y: Tensor, random: dict[str, Tensor]) -> None:
+        """What a subclass does before each step, with this process's part of the batch and of the randomness."""
 
-    def loss(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The mean loss of some images, with the network's matrix products in the chosen precision."""
+    def losses(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of each image, (b,), with the network's matrix products in the chosen precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            return self.diffusion.training_loss(self.ddp_model, x0, y, t, eps).mean()
+            return self.diffusion.training_loss(self.ddp_model, x0, y, t, eps)
 
     def state(self) -> dict:
         """All weights and optimizer states. Random numbers need not be kept, since they follow from the step."""
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        optimizers = optimizer_states(self.optimizers)
         return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizers=optimizers)
 
     def load(self, state: dict) -> None:
-        """Resume from a checkpoint, `state` with what run.py adds. Raises some exception where it does not fit."""
-        if (state["config"], state["diffusion"]) != (asdict(self.config), self.diffusion.config):
-            raise ValueError("it describes another network or diffusion process")
+        """Resume from a checkpoint, `state` with its description. Raises some exception where it does not fit."""
+        if state["diffusion"] != self.diffusion.config:
+            raise ValueError("it describes another diffusion process")
+        for name in ("model", "ema"):
+            checkpoint.check_weights(self.network, self.config, state[name])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        load_optimizers(self.optimizers, state["optimizers"], state["step"])
+        load_optimizers(self.optimizers, state.get("optimizers", {}))
 
-    def trained_model(self) -> TrainedModel:
-        return TrainedModel(self.ema, self.diffusion, self.sampling_guidance)
+    def describe(self, data: Images) -> dict:
+        makes = "latents" if data.pixels.is_floating_point() else "images"
+        return checkpoint.describe(
+            self.network, self.config, self.diffusion, data.classes, data.source, 0, **self.guidance,
+            null_class=self.label_dropout > 0, makes=makes,
+        )
+
+    def trained_model(self, data: Images) -> TrainedModel:
+        return TrainedModel(self.ema, self.diffusion, self.describe(data))
 
 
-def train(trainer: Trainer, run: Run, data: Images) -> None:
-    """Take the steps that are left, or as many as there is time for before a signal asks the run to stop."""
-    for x0, y in run.batches(data):                                      # (b, C, S, S) in [-1, 1], and (b,)
-        loss, norm = trainer.step(run.step, x0, y)
-        run.after_step(trainer, loss, norm)                              # counts the step, logs, saves, samples
+def announcement(trainer: Trainer, run: RunDir, data: Images, what: str) -> str:
+    """What a run will do, in a line."""
+    args, process = trainer.args, trainer.diffusion.config
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    length = f"{args.steps - run.step:,} steps" if args.steps else f"about {args.minutes:g} min"
+    return (
+        f"{what}, {parameters:.1f} M parameters; {process['schedule']} {process['prediction']}, {args.optimizer}; "
+        f"{length} of {args.batch_size} images from {data.source}; {trainer.device.type}, {args.precision}, "
+        f"{'compiled' if trainer.compiled else 'eager'}"
+    )
+
+
+def sample_picture(trained: TrainedModel, batch_size: int) -> Image.Image:
+    """A picture of samples, ten rows of a class each."""
+    labels = (torch.arange(10) % max(trained.model.config.num_classes, 1)).repeat_interleave(10)
+    return grid(trained.to_images(trained.sample(labels, batch_size)), columns=10)
+
+
+def train(trainer: Trainer, run: RunDir, data: Images, what: str) -> int:
+    """Train to the last step, or until a signal asks the run to stop. Returns the exit status.
+
+    run.step counts the steps that are done, and a run that is resumed begins where it was. `run` writes the files.
+    what: what is trained, in words
+    """
+    args = trainer.args
+    batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
+
+    def picture() -> Image.Image:
+        trained = trainer.trained_model(data)
+        trained.autoencoder = run.autoencoder
+        return sample_picture(trained, trainer.micro_batch_size)
+
+    with run.recording(trainer.describe(data), announcement(trainer, run, data, what)):
+        run.save(trainer.state)                              # at once, so that a full disk shows now
+        while True:
+            if run.step and (run.step == args.steps or run.step % args.save_every == 0):
+                run.save(trainer.state)
+                run.save_samples(picture)
+            if run.step == args.steps or run.asked_to_stop():
+                break
+            x0, y = next(batches)                            # (b, C, S, S) in [-1, 1], and (b,)
+            lr = learning_rate(run.step, args)
+            measured = trainer.step(run.step, x0, y, lr)
+            run.count(measured, lr)                          # and log them, now and then
+            if args.steps is None:                           # --minutes becomes a number of steps
+                args.steps = run.log.steps_within(args.minutes, trainer.step_time)
+                if args.steps:
+                    args.minutes = None
+                    run.save(trainer.state)
+        run.save(trainer.state)
+    return run.finish(trainer.ema.state_dict)
 
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) -> int:
     """Train as the command line says. Returns the exit status, and raises the errors of cli.run_script."""
-    run = Run(build_parser(), argv, trainer_class.network)
-    args = run.args
-    if run.given.timestep_mean and args.timestep_distribution != "logit-normal":
+    run = RunDir(build_parser(), argv)
+    args, state = run.args, run.state
+    if "timestep_mean" in run.given and args.timestep_distribution != "logit-normal":
         raise UsageError("--timestep-mean is for logit-normal timesteps: leave it out")
-    args.guidance = args.guidance or default_guidance(args)
-    guidance_settings(args.guidance, TIMESTEPS)  # raises UsageError before the data is loaded
-    data = run.load_data(args.image_size)
-    config = network_config(args, data, choose_patch=run.is_new and not run.given.model)
-    trainer = trainer_class(config, args, run.device, run.state)
-    with run.open(trainer, data, args.model):
-        train(trainer, run, data)
-    return run.finish(trainer.ema.state_dict())
+    with usage():
+        guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
+    data = run.load_data(state["config"]["image_size"] if state else args.image_size)
+    config = DiTConfig(**state["config"]) if state else network_config(args, data, "model" in run.given)
+    return train(trainer_class(config, args, run.device, state), run, data, args.model)
 
 
 if __name__ == "__main__":

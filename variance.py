@@ -3,8 +3,8 @@
 Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (iDDPM), arXiv 2102.09672, sections 2 and 3.
 
 With `learn_sigma` the network predicts 2C channels. The first half is the prediction that diffusion.py knows. The
-second, v, sets the variance of the reverse step for each pixel: between that of the posterior (v = -1) and beta
-(v = 1), on a logarithmic scale.
+second, called `mix` here, sets the variance of the reverse step for each pixel: between that of the posterior (-1) and
+beta (1), on a logarithmic scale.
 """
 
 import math
@@ -31,28 +31,26 @@ class LearnedVariance(Diffusion):
         return super().predict_x0(out[:, : x_t.shape[1]], x_t, t)
 
     def reverse_std(self, t: int, s: int, out: Tensor) -> Tensor:
-        v = out[:, out.shape[1] // 2 :]
+        mix = out[:, out.shape[1] // 2 :]
         _, _, variance, beta = self.posterior(t, s)  # for any s, while the tables hold s = t - 1
         low, high = math.log(variance), math.log(beta)
-        return (0.5 * (low + (v + 1) / 2 * (high - low))).exp()
+        return (0.5 * (low + (mix + 1) / 2 * (high - low))).exp()
 
-    def training_loss(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The hybrid loss L_simple + lambda L_vlb of each image, (B,): iDDPM Eq. 16.
 
         L_vlb is a sum over T timesteps, estimated as T times the term of one random timestep. With lambda = 1 / T the
         two factors cancel. (iDDPM's lambda is 0.001 for any T, which is the same for T = 1000.)
         """
-        x_t = self.q_sample(x0, t, eps)
-        out, v = model(x_t, t, y).float().chunk(2, dim=1)
-        error = out - self.target(x0, t, eps)
-        simple = error.square().flatten(1).mean(1) / self.tables["loss_divisor"][t]
+        out, mix = out.chunk(2, dim=1)
         x0_hat = self.predict_x0(out.detach(), x_t, t)  # detached, so that L_vlb trains only the variance
-        return simple + self.variational_bound(x0, x0_hat, self.log_variance(v, t), t)
+        return super().loss(out, x0, x_t, t, eps) + self.variational_bound(x0, x0_hat, self.log_variance(mix, t), t)
 
-    def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """iDDPM Eq. 15: the log variance of the step from t (B,) to t - 1. Their v, in 0 ... 1, is our (v + 1) / 2."""
+    def log_variance(self, mix: Tensor, t: Tensor) -> Tensor:
+        """iDDPM Eq. 15: the log variance of the step from t (B,) to t - 1. The paper's v, in 0 ... 1, is (mix + 1) / 2.
+        """
         low, high = self.extract("min_log_variance", t), self.extract("max_log_variance", t)
-        return torch.lerp(low, high, (v + 1) / 2)
+        return torch.lerp(low, high, (mix + 1) / 2)
 
     def variational_bound(self, x0: Tensor, x0_hat: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         """The term of the variational bound (DDPM Eq. 5) that belongs to t, in bits per dimension, (B,).
@@ -69,11 +67,6 @@ class LearnedVariance(Diffusion):
         nll = -discretized_log_likelihood(x0, x0_hat, log_variance)  # at t = 0 the mean is x0_hat
         at_zero = (t == 0).view(-1, 1, 1, 1)
         return torch.where(at_zero, nll, kl).flatten(1).mean(1) / math.log(2)
-
-
-def guidance_scales(scale: float, channels: int, device: torch.device | str = "cpu") -> Tensor:
-    """For diffusion.guide, scales (1, 2C, 1, 1) that leave the variance channels conditional, without guidance."""
-    return torch.tensor([scale] * channels + [1.0] * channels, device=device).view(1, -1, 1, 1)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
