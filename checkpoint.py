@@ -61,9 +61,11 @@ def refusing(message: str, fix: str = "use a checkpoint as train.py wrote it") -
     """Inside, whatever is wrong with the content of a file is a CheckpointError: "MESSAGE (reason): FIX"."""
     try:
         yield
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # broken content can provoke any exception in PyTorch, safetensors and here
+        if hasattr(error, "exit_status"):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{message} ({reason}): {fix}") from error
 

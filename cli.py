@@ -186,14 +186,21 @@ class Parser(argparse.ArgumentParser):
         def flag(name: str, default: object, help: str, **options) -> None:
             key = name.lstrip("-").replace("-", "_")
             self.defaults[key] = default
-            presets = ", ".join(f"{preset[key]} on {name}" for name, preset in self.presets.items() if key in preset)
+            presets = {device: preset.get(key, default) for device, preset in self.presets.items()}
+            shown = ", ".join(f"{value} on {device}" for device, value in presets.items() if value is not None)
+            if len(set(presets.values())) < 2:
+                shown = next(iter(presets.values()), default)
             if isinstance(default, bool):
                 options["action"] = argparse.BooleanOptionalAction
-            if presets or "(default" not in help:
-                help = f"{help} (default: {presets or default})"
+            if "(default" not in help:
+                help = f"{help} (default: {shown})"
             group.add_argument(name, default=argparse.SUPPRESS, help=help, **options)  # only what is given is kept
 
         return flag
+
+    def given(self, argv: list[str] | None) -> dict:
+        """The flags that the command line gives, and no others."""
+        return vars(self.parse_args(argv))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + " (see --help)")
@@ -204,7 +211,7 @@ class Parser(argparse.ArgumentParser):
         """The value of every flag, and the device. A flag that is given comes first, then the setting that a run to
         resume saved, then the preset of the device, then the default.
 
-        given:      the flags of the command line, vars(parse_args(argv))
+        given:      the flags of the command line, see `given`
         may_change: what a resumed run may do otherwise than it began
 
         Raises UsageError; ValueError for saved settings that no command line could have given.

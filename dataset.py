@@ -49,6 +49,8 @@ DOWNLOAD_TIMEOUT = 20      # seconds without an answer
 class DataError(Exception):
     """The data cannot be had. The message is one line that names the fix."""
 
+    exit_status = 2
+
 
 @dataclass
 class Images:

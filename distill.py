@@ -1,24 +1,19 @@
-"""Distill a trained network, so that it samples in one step, or in a few.
+"""Distill a trained network into a shortcut model (shortcut.py), so that it samples in one step, or in a few.
 
     python distill.py                                        the bundled weights
     python distill.py runs/mnist-1
     python distill.py --resume runs/mnist-2
 
-The path of the reverse process from noise to image is curved, and a diffusion model predicts only its direction at x_t,
-so a large step has a large error. A shortcut model (Frans et al., "One Step Diffusion via Shortcut Models",
-arXiv 2410.12557) also receives the size of the step, and predicts the x0_hat with which the step ends on the path. It
-learns that from itself: one step should arrive where two of half the size do (the paper's Eq. 4). In the paper the
-smallest steps are learned from data in the same training. Here a trained network, the teacher, says where they arrive,
-so that this is a distillation of a teacher into a student.
-
-A span (t, s) is a sampling step from timestep t to s < t, where s = -1 is the clean image, as in diffusion.py. Its size
-is t - s, and a single step from noise to image has size T.
+A shortcut model learns from itself: one step should arrive where two of half the size do (arXiv 2410.12557, Eq. 4). In
+the paper the smallest steps are learned from data in the same training. Here a trained network, the teacher, says where
+they arrive, so that this is a distillation of a teacher into a student.
 
 A long step tends to be blurred, because a squared error asks for the mean of all images that are possible. So in the
 last part of the training, the images with which the student's paths of one, two and four steps end are compared with
 the teacher's as a distribution, see `matching_loss`: Yin et al., "One-step Diffusion with Distribution Matching
 Distillation" (DMD), arXiv 2311.18828, and "Improved Distribution Matching Distillation" (DMD2), arXiv 2405.14867. Only
-the last step of such a path is taken, from a real image with noise, so that no path has to be simulated.
+the last step of such a path is trained. It begins where the student's own earlier steps lead, which are simulated, as
+it does when the student is sampled from (DMD2, section 4.5). A real image with noise would be another beginning.
 """
 
 import copy
@@ -30,16 +25,17 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from cli import BUNDLED_WEIGHTS, Parser, UsageError, guidance_settings, run_script
-from diffusion import Diffusion, clip, guide, sample_timesteps
-from dit import DiT, DiTConfig, TimestepEmbedder
-from optim import load_optimizers, make_optimizers, take_step
-from run import MAY_CHANGE, Run, distributed, local_part
-from sampling import TrainedModel, seeded
+from checkpoint import BUNDLED_WEIGHTS
+from cli import Parser, UsageError, run_script, usage
+from dataset import Images
+from diffusion import Diffusion, guide, sample_timesteps
+from optim import load_optimizers, make_optimizers, optimizer_states, take_step
+from rundir import MAY_CHANGE, RunDir, distributed, to_device
+from sampling import TrainedModel, guidance_settings, seeded
+from shortcut import STEP_COUNTS, ShortcutDiT, ShortcutModel, shortcut_timesteps
 from speed import autocast
 from train import FIRST_INDEX, MAX_NORM, PRESETS, Trainer, add_training_flags, train
 
-STEP_COUNTS = (1, 2, 4, 8, 16, 32)               # numbers of sampling steps that a shortcut model learns
 STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, into how many steps the path is cut
 MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
 MATCHED_COUNTS = (1, 1, 2, 4)  # the number of steps in the path that each sample ends, of 4 samples
@@ -49,34 +45,7 @@ FAKE_UPDATES = 3            # of the network `fake`, before each step of the stu
 FAKE_LR = 0.25              # its learning rate, as a fraction of the student's highest
 
 
-# ------------------------------------------------------------------------------------------------ network and sampling
-
-
-class ShortcutDiT(DiT):
-    """A DiT that also receives the size t - s of the step to take: what DiT calls t is here spans (t, s), (B, 2)."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__(config)
-        self.d_embedder = TimestepEmbedder(config.hidden_size)
-        nn.init.normal_(self.d_embedder.mlp[0].weight, std=0.02)
-        nn.init.zeros_(self.d_embedder.mlp[0].bias)
-        nn.init.zeros_(self.d_embedder.mlp[2].weight)  # at first, all step sizes are alike
-        nn.init.zeros_(self.d_embedder.mlp[2].bias)
-
-    def condition(self, spans: Tensor, y: Tensor) -> Tensor:
-        t, s = spans.unbind(1)
-        return super().condition(t, y) + self.d_embedder(t - s)
-
-
-def shortcut_timesteps(T: int, steps: int) -> list[int]:
-    """Timesteps from T - 1 on that cut the path to the clean image into 1, 2, 4, 8, 16 or 32 equal steps.
-
-    Raises ValueError for other numbers.
-    """
-    if steps not in STEP_COUNTS:
-        counts = ", ".join(map(str, STEP_COUNTS))
-        raise ValueError(f"{steps} sampling steps: use {counts}, which a shortcut model learns")
-    return [round(T * i / steps) - 1 for i in range(steps, 0, -1)]
+# -------------------------------------------------------------------------------------------------------------- losses
 
 
 def ddim_step(diffusion: Diffusion, x_t: Tensor, x0_hat: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
@@ -89,39 +58,6 @@ def invert_ddim_step(diffusion: Diffusion, x_t: Tensor, x_s: Tensor, t: Tensor, 
     """The x0_hat with which `ddim_step` leads from x_t to x_s."""
     ratio = diffusion.extract("sigma", s) / diffusion.extract("sigma", t)
     return (x_s - ratio * x_t) / (diffusion.extract("alpha", s) - ratio * diffusion.extract("alpha", t))
-
-
-@torch.no_grad()
-def shortcut(
-    diffusion: Diffusion, predict: Callable, x: Tensor, timesteps: list[int], noise: Callable | None = None,
-    constrain: Callable = clip,
-) -> Tensor:
-    """Shortcut models, arXiv 2410.12557, Algorithm 2: DDIM's steps, each predicted by predict(x_t, (t, s))."""
-    for t, s in pairwise([*timesteps, -1]):
-        x0_hat = constrain(diffusion.predict_x0(predict(x, (t, s)), x, t), x, t)
-        x = ddim_step(diffusion, x, x0_hat, t, s)
-    return x
-
-
-class ShortcutModel(TrainedModel):
-    """A trained ShortcutDiT. It has learned its teacher's guidance, and needs none."""
-
-    samplers = {"shortcut": shortcut}
-    default_steps = {"shortcut": 4}
-
-    def predictor(self, labels: Tensor, guidance: float = 1.0, guidance_interval: list[int] | None = None) -> Callable:
-        y = labels.to(self.device)
-
-        def predict(x_t: Tensor, span: tuple[int, int]) -> Tensor:
-            return self.model(x_t, torch.tensor(span, device=self.device).expand(len(y), 2), y).float()
-
-        return predict
-
-    def timesteps(self, sampler: str, steps: int) -> list[int]:
-        return shortcut_timesteps(self.diffusion.T, steps)
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
 
 
 def sample_spans(n: int, T: int, cycle: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -160,7 +96,7 @@ def shortcut_loss(
     The halves are taken by the student's moving average, which is steadier than the student. Those of the smallest size
     are the teacher's. If it is guided, its guidance is learned with the rest, so that the student needs none.
 
-    x0_hat:       what the student predicts at x_t, (B, C, H, W), for labels y (B,) and spans (B, 2)
+    x0_hat:       what the student predicts at x_t, (B, C, H, W), for labels y (B,) and spans (B, 2) on the CPU
     ema, teacher: the student's average, and the teacher, each (x_t, spans, y) -> output
 
     Targets are found as in progressive distillation (arXiv 2202.00512, Algorithm 2), which halves the number of steps
@@ -168,21 +104,40 @@ def shortcut_loss(
     error of x0_hat, in which small t hardly count, and that of the velocity (over sigma_t^2), in which large t hardly
     count.
     """
-    t, s = spans.unbind(1)
+    smallest = spans[:, 0] - spans[:, 1] < 1.5 * diffusion.T / STEP_COUNTS[-1]
+    target = torch.empty_like(x_t)
     with torch.no_grad():
-        target = torch.empty_like(x_t)
-        smallest = t - s < 1.5 * diffusion.T / STEP_COUNTS[-1]
-        for predict, mask in ((teacher, smallest), (ema, ~smallest)):
-            if mask.any():
-                target[mask] = shortcut_target(diffusion, predict, x_t[mask], y[mask], spans[mask])
-    return (x0_hat - target).square().flatten(1).mean(1) / diffusion.tables["sigma"][t]
+        for network, mask in ((teacher, smallest), (ema, ~smallest)):
+            some = mask.nonzero()[:, 0]  # on the CPU, so that nothing waits for a GPU
+            if len(some):
+                there = to_device(some, x_t.device)
+                target[there] = shortcut_target(
+                    diffusion, network, x_t[there], y[there], to_device(spans[some], x_t.device)
+                )
+    error = (x0_hat - target).square().flatten(1).mean(1)
+    return error / diffusion.tables["sigma"][to_device(spans[:, 0], x_t.device)]
 
 
-def last_spans(n: int, T: int) -> Tensor:
-    """The last spans (t, -1) of n paths in MATCHED_COUNTS steps, int64 (n, 2). They end at the samples to match."""
-    t = torch.tensor([shortcut_timesteps(T, steps)[-1] for steps in MATCHED_COUNTS])
-    t = t.repeat(n // len(t) + 1)[:n]
+def matched_counts(n: int) -> Tensor:
+    """The number of steps in the path that each of n samples ends, (n,), int64."""
+    return torch.tensor(MATCHED_COUNTS).repeat(n // len(MATCHED_COUNTS) + 1)[:n]
+
+
+def last_spans(counts: Tensor, T: int) -> Tensor:
+    """The last spans (t, -1) of paths in counts (n,) steps, int64 (n, 2). They end at the samples to match."""
+    t = torch.tensor([shortcut_timesteps(T, steps)[-1] for steps in counts.tolist()], dtype=torch.int64)
     return torch.stack([t, torch.full_like(t, -1)], dim=1)
+
+
+@torch.no_grad()
+def simulate_path(diffusion: Diffusion, network: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
+    """The noisy images (B, C, H, W) at which the last of this many steps begins, as the network takes them from eps."""
+    x = eps
+    for t, s in pairwise(shortcut_timesteps(diffusion.T, steps)):
+        spans = torch.stack([torch.full_like(y, t), torch.full_like(y, s)], dim=1)
+        x0_hat = diffusion.predict_x0(network(x, spans, y).float(), x, t).clamp(-1, 1)
+        x = ddim_step(diffusion, x, x0_hat, t, s)
+    return x
 
 
 def with_sizes_of(spans: Tensor, fake: Callable) -> Callable:
@@ -241,7 +196,7 @@ class DistillTrainer(Trainer):
     def make_networks(self) -> None:
         teacher = self.teacher.model
         self.diffusion, self.label_dropout = self.teacher.diffusion, 0.0
-        self.sampling_guidance = dict(guidance=1.0, guidance_interval=None)
+        self.guidance = dict(guidance=1.0, guidance_interval=None)
         self.teacher_guidance = guidance_settings(self.args.guidance, self.diffusion.T)
         self.model = ShortcutDiT(self.config).to(self.device)
         self.model.load_state_dict(teacher.state_dict(), strict=False)
@@ -252,79 +207,94 @@ class DistillTrainer(Trainer):
         self.fake_optimizers = make_optimizers(self.fake, self.args)
         self.blocks = [block for network in (self.model, self.fake, self.ema, teacher) for block in network.blocks]
 
-    def is_matching(self, step_index: int) -> bool:
-        """Whether samples are matched in this step."""
-        return self.args.steps is not None and step_index >= MATCHING_BEGINS * self.args.steps
+    def randomness(self, step: int) -> dict[str, Tensor]:
+        """What is random in a step, for n images: their spans (n, 2), t (n,), u (n,) and eps (n, C, S, S), as for any
+        training, and counts (n,), in how many steps the path goes that the span ends where its sample is matched, or 0.
 
-    def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.is_matching(step_index):
-            times, _, eps = (local_part(values, self.device) for values in self.randomness(step_index))
-            for i in range(FAKE_UPDATES):
-                self.update_fake(x0, y, times[:, 3 + i], eps[:, 2 + 2 * i :])
-        return super().step(step_index, x0, y)
+        While there is matching, also match_t (n,) and match_eps like eps, for `matching_loss`, and for each update of
+        `fake` the same as fake_t (n, updates) and fake_eps, and path_eps, from which its samples are made.
+        """
+        n, T, generator = self.args.batch_size, self.diffusion.T, seeded(self.args.seed, FIRST_INDEX + step)
+        matching = self.args.steps is not None and step >= MATCHING_BEGINS * self.args.steps
+        cycle = STEP_COUNT_CYCLE[2:] if matching else STEP_COUNT_CYCLE  # while there is matching, not the whole path
+        random = dict(spans=sample_spans(n, T, cycle, generator), counts=torch.zeros(n, dtype=torch.long))
+        if matching:
+            random["counts"][1::2] = matched_counts(n // 2)
+            random["spans"][1::2] = last_spans(random["counts"][1::2], T)
+            times = [sample_timesteps(n, T, "logit-normal", generator) for _ in range(1 + FAKE_UPDATES)]
+            random |= dict(match_t=times[0], fake_t=torch.stack(times[1:], dim=1))
+        random |= dict(t=random["spans"][:, 0], u=torch.rand(n, generator=generator))
+        noise = self.noise(step, (n, 2 + 2 * FAKE_UPDATES if matching else 1, *self.shape), generator)
+        random["eps"] = noise[:, 0]
+        if matching:
+            random |= dict(match_eps=noise[:, 1], path_eps=noise[:, 2::2], fake_eps=noise[:, 3::2])
+        return random
 
-    def update_fake(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> None:
-        """A training step of `fake` on samples of the student, with the ordinary loss."""
-        n, spans = self.micro_batch_size, local_part(last_spans(self.args.batch_size, self.diffusion.T), self.device)
+    def prepare(self, x0: Tensor, y: Tensor, random: dict[str, Tensor]) -> None:
+        """Train `fake` on fresh samples of the student, while there is matching."""
+        if "fake_t" not in random:
+            return
+        t, path_eps, eps = (random.pop(name) for name in ("fake_t", "path_eps", "fake_eps"))
+        for i in range(FAKE_UPDATES):
+            self.update_fake(y, to_device(t[:, i], self.device), path_eps[:, i], eps[:, i])
+
+    def update_fake(self, y: Tensor, t: Tensor, path_eps: Tensor, eps: Tensor) -> None:
+        """A training step of `fake` with the ordinary loss, on samples of the student from the noise path_eps."""
+        n, counts = self.micro_batch_size, matched_counts(len(y))
+        spans = to_device(last_spans(counts, self.diffusion.T), self.device)
         self.fake.zero_grad()
         for i in range(self.args.grad_accum_steps):
             micro = slice(i * n, (i + 1) * n)
             self.ddp_fake.require_backward_grad_sync = i == self.args.grad_accum_steps - 1
             with autocast(self.device, self.args.precision):
                 with torch.no_grad():
-                    _, sample = self.predict(self.model, x0[micro], y[micro], spans[micro], eps[micro, 0])
-                fake = with_sizes_of(spans[micro], self.ddp_fake)
+                    x_t = self.path_starts(path_eps[micro], y[micro], counts[micro])
+                    out = self.model(x_t, spans[micro], y[micro]).float()
+                    sample = self.diffusion.predict_x0(out, x_t, spans[micro, 0])
                 sample = sample.clamp(-1, 1)  # as it is shown: what is out of range there need not be matched
-                loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro, 1]).mean()
-                (loss / self.args.grad_accum_steps).backward()
+                fake = with_sizes_of(spans[micro], self.ddp_fake)
+                loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro]).mean()
+            (loss / self.args.grad_accum_steps).backward()
         nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
         take_step(self.fake_optimizers, FAKE_LR * self.args.lr)
 
-    def randomness(self, step_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is random in a step: times (B, 3), u (B,), eps (B, 2, C, S, S).
-
-        times holds the span (t, s) to learn, and the timestep of `matching_loss`, or -1 where an image is not matched;
-        eps the noise for each of the two losses. While there is matching, times has one more column for each update of
-        `fake`, its timestep, and eps two, the noise of the sample and that of its loss.
+    def path_starts(self, x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        """x (b, C, S, S), where it is noise from which a path of counts (b,) steps begins replaced by the beginning of
+        the path's last step. Where the count is 0, x stays.
         """
-        n, T, generator = self.args.batch_size, self.diffusion.T, seeded(self.args.seed, FIRST_INDEX + step_index)
-        if self.is_matching(step_index):
-            updates, spans = FAKE_UPDATES, torch.empty(n, 2, dtype=torch.long)
-            spans[::2] = sample_spans(n - n // 2, T, STEP_COUNT_CYCLE[2:], generator)  # not the whole path
-            spans[1::2] = last_spans(n // 2, T)
-            t = torch.stack([sample_timesteps(n, T, "logit-normal", generator) for _ in range(1 + updates)], dim=1)
-            t[::2, 0] = -1
-        else:
-            updates, spans = 0, sample_spans(n, T, STEP_COUNT_CYCLE, generator)
-            t = torch.full((n, 1), -1)
-        u = torch.rand(n, generator=generator)
-        if self.device.type != "cpu":
-            generator = seeded(self.args.seed, FIRST_INDEX + step_index, self.device)
-        eps = torch.randn(n, 2 + 2 * updates, *self.shape, generator=generator, device=self.device)
-        return torch.cat([spans, t], dim=1), u, eps
+        x = x.clone()
+        for steps in set(MATCHED_COUNTS) - {1}:  # the only step of a path begins with the noise itself
+            some = to_device((counts == steps).nonzero()[:, 0], self.device)
+            if len(some):
+                x[some] = simulate_path(self.diffusion, self.ema, x[some], y[some], steps)
+        return x
 
-    def predict(self, student: nn.Module, x0: Tensor, y: Tensor, spans: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy images x_t (B, C, S, S) at which spans (B, 2) begin, and the student's x0_hat there."""
-        t = spans[:, 0]
-        x_t = self.diffusion.q_sample(x0, t, eps)
-        return x_t, self.diffusion.predict_x0(student(x_t, spans, y).float(), x_t, t)
-
-    def loss(self, x0: Tensor, y: Tensor, times: Tensor, eps: Tensor) -> Tensor:
-        """The mean over the images of their `shortcut_loss` or, where they are matched, `matching_loss`."""
-        spans, t, d = times[:, :2], times[:, 2], self.diffusion
-        matched = (t >= 0).nonzero()[:, 0]
-        others = (t < 0).nonzero()[:, 0]
+    def losses(
+        self, x0: Tensor, y: Tensor, t: Tensor, spans: Tensor, counts: Tensor, eps: Tensor,
+        match_t: Tensor | None = None, match_eps: Tensor | None = None,
+    ) -> Tensor:
+        """The `shortcut_loss` of each image or, where it is matched, the `matching_loss`, (b,)."""
+        d, on_device = self.diffusion, partial(to_device, device=self.device)
+        others, matched = ((counts == 0).nonzero()[:, 0], counts.nonzero()[:, 0])
+        loss = torch.zeros(len(x0), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            x_t, x0_hat = self.predict(self.ddp_model, x0, y, spans, eps[:, 0])
-            loss = shortcut_loss(
-                d, x0_hat[others], self.ema, self.teach_spans, x_t[others], y[others], spans[others]
-            ).sum()
+            x_t = d.q_sample(x0, on_device(t), eps)
             if len(matched):
-                teacher = partial(self.teach, fraction=MATCHING_GUIDANCE)
-                fake = with_sizes_of(spans[matched], self.fake)
-                matching = matching_loss(d, x0_hat[matched], teacher, fake, y[matched], t[matched], eps[matched, 1])
-                loss = loss + MATCHING_WEIGHT * matching.sum()
-        return loss / len(x0)
+                x_t = torch.where(on_device(counts).view(-1, 1, 1, 1) > 0, self.path_starts(eps, y, counts), x_t)
+            x0_hat = d.predict_x0(self.ddp_model(x_t, on_device(spans), y).float(), x_t, on_device(t))
+            if len(others):
+                some = on_device(others)
+                part = shortcut_loss(d, x0_hat[some], self.ema, self.teach_spans, x_t[some], y[some], spans[others])
+                loss = loss.index_put((some,), part)
+            if len(matched):
+                some = on_device(matched)
+                teacher, fake = partial(self.teach, fraction=MATCHING_GUIDANCE), self.fake
+                fake = with_sizes_of(on_device(spans[matched]), fake)
+                part = matching_loss(
+                    d, x0_hat[some], teacher, fake, y[some], on_device(match_t[matched]), match_eps[some]
+                )
+                loss = loss.index_put((some,), MATCHING_WEIGHT * part)
+        return loss
 
     def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
         """The teacher's prediction, with a fraction of its guidance."""
@@ -338,42 +308,48 @@ class DistillTrainer(Trainer):
 
     def state(self) -> dict:
         """Includes the teacher, whose file may be gone when the run is resumed."""
-        teacher = {**self.teacher.description, "ema": self.teacher.model.state_dict()}
-        optimizers = [optimizer.state_dict() for optimizer in self.fake_optimizers]
-        return {**super().state(), "fake": self.fake.state_dict(), "fake_optimizers": optimizers, "teacher": teacher}
+        fake, teacher = self.fake.state_dict(), dict(ema=self.teacher.model.state_dict())
+        return {
+            **super().state(), "fake": fake, "fake_optimizers": optimizer_states(self.fake_optimizers),
+            "teacher": teacher,
+        }
 
     def load(self, state: dict) -> None:
         super().load(state)
-        checkpoint.check({**state, "ema": state["fake"]}, ShortcutDiT)
+        checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
         self.fake.load_state_dict(state["fake"])
-        has_learned = any(saved["state"] for saved in state["fake_optimizers"])
-        load_optimizers(self.fake_optimizers, state["fake_optimizers"], has_learned)
+        load_optimizers(self.fake_optimizers, state.get("fake_optimizers", {}))
 
-    def trained_model(self) -> ShortcutModel:
+    def describe(self, data: Images) -> dict:
+        return {**super().describe(data), "teacher": self.teacher.description}
+
+    def trained_model(self, data: Images) -> ShortcutModel:
         eager = ShortcutDiT(self.config).to(self.device)  # for batches of samples, faster than compiling self.ema again
         eager.load_state_dict(self.ema.state_dict())
-        return ShortcutModel(eager, self.diffusion, self.sampling_guidance)
+        return ShortcutModel(eager, self.diffusion, self.describe(data))
 
 
 def build_parser() -> Parser:
-    presets = {device: dict(compile=preset["compile"]) for device, preset in PRESETS.items()}
+    same = dict(steps=7000, batch_size=160, lr=2e-3, ema_decay=0.998)
+    presets = {device: dict(same, compile=preset["compile"]) for device, preset in PRESETS.items()}
     parser = Parser("distill.py", "Distill a trained network, so that it samples in 1 to 32 steps.", presets)
-    parser.add_argument("checkpoint", nargs="?", default=str(BUNDLED_WEIGHTS), help="what to distill, a file or the "
-                        "folder of a run (default: the bundled weights)")
-    parser.group("distillation")("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: "
-                                 "that of the weights)", type=float, nargs="+", metavar="W")
+    flag = parser.group("distillation")
+    flag("checkpoint", str(BUNDLED_WEIGHTS), "what to distill, a file or the folder of a run (default: the bundled "
+         "weights)", nargs="?")
+    flag("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: that of the weights)",
+         type=float, nargs="+", metavar="W")
     add_training_flags(parser)
-    parser.set_defaults(steps=7000, batch_size=160, lr=2e-3, ema_decay=0.998)
     return parser
 
 
-def load_teacher(run: Run) -> TrainedModel:
+def load_teacher(run: RunDir) -> TrainedModel:
     """The network to distill, or that of the run to resume. Raises UsageError, CheckpointError."""
     source = run.args.checkpoint
-    state = run.state["teacher"] if run.state else checkpoint.load(source)
-    if state.get("network") == ShortcutDiT.__name__:
+    if run.state and not isinstance(run.state.get("teacher"), dict):
+        raise UsageError(f"{run.folder} lacks its teacher: begin a new run")
+    teacher = checkpoint.build(run.state["teacher"] if run.state else checkpoint.load(source), run.device)
+    if isinstance(teacher, ShortcutModel):
         raise UsageError(f"{source} is distilled already: give the checkpoint that it was distilled from")
-    teacher = TrainedModel(*checkpoint.build(state, run.device))
     if teacher.diffusion.prediction == "eps" or teacher.model.config.learn_sigma:
         # A predicted eps says nothing of x0 where there is only noise.
         raise UsageError("distill.py needs a network that predicts x0 or v, without --learn-sigma: train one like that")
@@ -389,23 +365,20 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises UsageError, DataError, CheckpointError, WorkError.
     """
-    run = Run(build_parser(), argv, ShortcutDiT, MAY_CHANGE - {"guidance"})
+    run = RunDir(build_parser(), argv, MAY_CHANGE - {"guidance"})
     args = run.args
-    if run.state and not isinstance(run.state.get("teacher"), dict):
-        raise UsageError(f"{args.resume} lacks its teacher: begin a new run")
     teacher = load_teacher(run)
     config, about = teacher.model.config, teacher.description
     args.guidance = args.guidance or [about["guidance"], *(about["guidance_interval"] or ())]
-    guidance_settings(args.guidance, teacher.diffusion.T)  # raises UsageError before the data is loaded
+    with usage():
+        guidance_settings(args.guidance, teacher.diffusion.T)
     data = run.load_data(config.image_size)
     C, S, _ = data.pixels[0].shape
     if (config.in_channels, config.image_size, about["classes"]) != (C, S, list(data.classes)):
         trained = f"{args.checkpoint} was trained on {about['data']}, and these are {data.source}"
         raise UsageError(f"{trained}, of other classes or size: give its --dataset")
     trainer = DistillTrainer(teacher, args, run.device, run.state)
-    with run.open(trainer, data, f"{args.checkpoint}, distilled"):
-        train(trainer, run, data)
-    return run.finish(trainer.ema.state_dict())
+    return train(trainer, run, data, f"{args.checkpoint}, distilled")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from torch import Tensor
 import checkpoint
 import dataset
 from cli import Parser, UsageError, number, output_path, run_script
-from inference import add_model_flags, open_model
 from metrics import Reference, Table, bits_per_dimension, labels_as_in, measure, memorization
+from model_flags import add_model_flags, open_model
 from sampling import TrainedModel, seeded, to_uint8
 
 MIN_COUNT, MAX_COUNT = 20, 10_000  # images that are compared; there are 10,000 real ones to compare with
@@ -85,7 +85,7 @@ def open_digits_model(args: argparse.Namespace) -> TrainedModel:
 def sample_digits(trained: TrainedModel, labels: Tensor, batch_size: int, **options) -> tuple[Tensor, float]:
     """(images (N, 1, 28, 28), uint8, seconds) of the labels (N,), see TrainedModel.sample."""
     begin = time.perf_counter()
-    images = to_uint8(trained.sample(labels, batch_size, **options))
+    images = to_uint8(trained.sample(labels, batch_size, **{"progress": "sampling", **options}))
     return images, time.perf_counter() - begin
 
 

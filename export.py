@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, Parser, UsageError, number, run_script
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, load_model
+from cli import Parser, UsageError, number, run_script
 from dataset import bundled_digits
-from distill import ShortcutModel
 from dit import Attention
-from inference import load_model
 from sampling import TrainedModel, grid, image_noise
+from shortcut import ShortcutModel
 
 try:
     import onnx
@@ -146,7 +146,7 @@ def save_page(folder: Path, networks: dict[str, TrainedModel]) -> None:
     (folder / "digits.bin").write_bytes(some.numpy().tobytes())
     path, full = [], networks["full"]  # x_t from noise to a digit, for the eye while the networks load
     label = torch.tensor([min(3, full.model.config.num_classes)])
-    full.sample(label, 1, show_progress=False, callback=lambda t, x_t, x0_hat: path.append(x_t[0]))
+    full.sample(label, 1, callback=lambda t, x_t, x0_hat: path.append(x_t[0]))
     grid(torch.stack(path[1::2]), columns=10, gap=0).save(folder / "poster.png")
     for name, trained in networks.items():
         save_network(trained, folder / name)

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
-from cli import ASSETS, UsageError
+from checkpoint import ASSETS
+from dataset import DataError
 from diffusion import Diffusion
 from sampling import grid, seeded
 from variance import LearnedVariance
@@ -100,7 +101,7 @@ def features(network: Classifier | RandomFeatures, images: Tensor) -> Tensor:
 
 
 class Reference:
-    """The classifier, the random network, and the features of real images. Raises UsageError without its files.
+    """The classifier, the random network, and the features of real images. Raises DataError without its files.
 
     tensors: classifier.test, classifier.held_out, random.test and random.held_out are features (10,000, 64),
              labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the mean
@@ -115,7 +116,7 @@ class Reference:
             filters = {name: self.tensors.pop(f"filters.{name}") for name in self.networks["random"].state_dict()}
         except Exception as error:  # missing, cut short, or of another version of this file
             fix = "make them anew with python tools/train_classifier.py"
-            raise UsageError(f"cannot read {CLASSIFIER} and {REFERENCE}: {fix}") from error
+            raise DataError(f"cannot read {CLASSIFIER} and {REFERENCE}: {fix}") from error
         self.networks["random"].load_state_dict(filters)
         self.networks["classifier"].eval()
 
@@ -300,10 +301,10 @@ def bits_per_dimension(
         x_t = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=generator).to(diffusion.device))
         out = model(x_t, times, labels[index].to(diffusion.device))
         x0_hat = diffusion.predict_x0(out, x_t, times).clamp(-1, 1)
-        v = out[:, x0.shape[1] :]
-        if not v.shape[1]:  # the variance is not learned, and that of the posterior
-            v = torch.full_like(x0, -1)
-        total += bound.variational_bound(x0, x0_hat, bound.log_variance(v, times), times).mean().item()
+        mix = out[:, x0.shape[1] :]
+        if not mix.shape[1]:  # the variance is not learned, and that of the posterior
+            mix = torch.full_like(x0, -1)
+        total += bound.variational_bound(x0, x0_hat, bound.log_variance(mix, times), times).mean().item()
     alpha, sigma = diffusion.alpha[-2], diffusion.sigma[-2]  # of T - 1, since the last entry is the clean image
     second_moment = dataset.to_float(images).square().mean().item()
     prior = 0.5 * (alpha**2 * second_moment + sigma**2 - 1 - 2 * math.log(sigma)) / math.log(2)

@@ -86,7 +86,7 @@ class RunDir:
     """
 
     def __init__(self, parser: Parser, argv: list[str] | None, may_change: set[str] = MAY_CHANGE):
-        self.script, self.given = parser.prog, vars(parser.parse_args(argv))
+        self.script, self.given = parser.prog, parser.given(argv)
         new, resume = self.given.get("run_dir"), self.given.get("resume")
         if new and resume:
             raise UsageError("--resume continues in the run's own folder: leave --run-dir out")
@@ -99,9 +99,7 @@ class RunDir:
             self.folder = resume if resume.is_dir() else resume.parent
             self.state = checkpoint.load(resume)
             check_state(self.state, self.script, resume)
-        with checkpoint.refusing("the settings in this checkpoint are damaged"):
-            self.args, self.device = parser.settings(self.given, self.state.get("settings"), may_change)
-        complete(self.args, self.device, self.given, self.state)
+        self.args, self.device = settings(parser, self.given, self.state, may_change)
         self.signal, self.file_lock = 0, None
         if resume:
             self.lock()
@@ -287,8 +285,15 @@ def check_state(state: dict, script: str, resume: Path) -> None:
             raise TypeError("its settings are damaged")
 
 
-def complete(args: argparse.Namespace, device: torch.device, given: dict, state: dict) -> None:
-    """Settle the settings that are left open, and raise UsageError for those that do not go together."""
+def settings(
+    parser: Parser, given: dict, state: dict | None = None, may_change: set[str] = MAY_CHANGE
+) -> tuple[argparse.Namespace, torch.device]:
+    """The complete settings of a run, and its device, from the flags that are given and the checkpoint to resume.
+
+    Raises UsageError for flags that do not go together, CheckpointError for damaged settings in the checkpoint.
+    """
+    with checkpoint.refusing("the settings in this checkpoint are damaged"):
+        args, device = parser.settings(given, (state or {}).get("settings"), may_change)
     if given.get("minutes") and (given.get("steps") or state):
         fix = "a run that is resumed takes --steps" if state else "leave one out"
         raise UsageError(f"--minutes replaces --steps: {fix}")
@@ -304,6 +309,7 @@ def complete(args: argparse.Namespace, device: torch.device, given: dict, state:
         divisor = f"--grad-accum-steps {args.grad_accum_steps}"
         divisor = f"{WORLD} processes x {divisor}" if WORLD > 1 else divisor
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of {divisor}: use one that is")
+    return args, device
 
 
 # -------------------------------------------------------------------------------------------------- data and processes
@@ -359,11 +365,15 @@ def load_autoencoder(vae: str | None, data: dataset.Images, device: torch.device
     return autoencoder
 
 
-def local_part(batch: Tensor, device: torch.device) -> Tensor:
-    """This process's part of what belongs to a whole batch, on its device."""
+def local_part(batch: Tensor) -> Tensor:
+    """This process's part of what belongs to a whole batch."""
     size = len(batch) // WORLD
-    # To CUDA, without waiting for what the GPU still has to do.
-    return batch[size * RANK : size * (RANK + 1)].to(device, non_blocking=device.type == "cuda")
+    return batch[size * RANK : size * (RANK + 1)]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A GPU is not waited for, while it still has work to do."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def distributed(network: nn.Module) -> nn.Module:

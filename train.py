@@ -23,7 +23,7 @@ from dataset import FOLDER_IMAGE_SIZE, Images
 from diffusion import PREDICTIONS, SCHEDULES, TIMESTEP_DISTRIBUTIONS, Diffusion, drop_labels, sample_timesteps
 from dit import MODELS, DiT, DiTConfig
 from optim import learning_rate, load_optimizers, make_optimizers, optimizer_states, take_step, update_ema
-from rundir import RunDir, add_run_flags, distributed, local_part
+from rundir import RunDir, add_run_flags, distributed, local_part, to_device
 from sampling import TrainedModel, grid, guidance_settings, seeded
 from speed import checkpoint_blocks, compile_blocks, fast_attention
 from variance import LearnedVariance
@@ -139,14 +139,16 @@ class Trainer:
     def dry_run(self) -> None:
         """A forward and a backward pass of blank images, whose gradients the next step removes."""
         n = self.micro_batch_size
-        random = {name: values[:n].to(self.device) for name, values in self.randomness(0).items()}
-        random.pop("u")
+        random = {name: values[:n] for name, values in self.randomness(0).items() if name != "u"}
         x0, y = torch.zeros(n, *self.shape, device=self.device), torch.zeros(n, dtype=torch.long, device=self.device)
         with fast_attention(self.device, self.args.precision):
             self.losses(x0, y, **random).mean().backward()
 
     def randomness(self, step: int) -> dict[str, Tensor]:
-        """What is random in a step: timesteps t (B,), uniform u (B,) for label dropout, noise eps (B, C, S, S)."""
+        """What is random in a step: timesteps t (B,), uniform u (B,) for label dropout, noise eps (B, C, S, S).
+
+        All but the noise is on the CPU.
+        """
         args, n = self.args, self.args.batch_size
         generator = seeded(args.seed, FIRST_INDEX + step)
         t = sample_timesteps(n, self.diffusion.T, args.timestep_distribution, generator, args.timestep_mean)
@@ -169,8 +171,9 @@ class Trainer:
         Returns the losses (b,), the timesteps over T (b,) to which they belong, and the norm of the gradient.
         """
         args, n = self.args, self.micro_batch_size
-        random = {name: local_part(values, self.device) for name, values in self.randomness(step).items()}
-        y = drop_labels(y, self.config.num_classes, self.label_dropout, random.pop("u"))       # for guidance
+        random = {name: local_part(values) for name, values in self.randomness(step).items()}
+        u = to_device(random.pop("u"), self.device)
+        y = drop_labels(y, self.config.num_classes, self.label_dropout, u)           # for guidance
         self.prepare(x0, y, random)
         self.model.zero_grad()
         losses = []
@@ -192,7 +195,7 @@ class Trainer:
     def losses(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each image, (b,), with the network's matrix products in the chosen precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            return self.diffusion.training_loss(self.ddp_model, x0, y, t, eps)
+            return self.diffusion.training_loss(self.ddp_model, x0, y, to_device(t, self.device), eps)
 
     def state(self) -> dict:
         """All weights and optimizer states. Random numbers need not be kept, since they follow from the step."""

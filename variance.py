@@ -8,7 +8,6 @@ beta (1), on a logarithmic scale.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
-from cli import default_guidance  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
+from rundir import settings  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
 
 torch._dynamo.config.recompile_limit = 100  # networks of many shapes are compiled in one process
@@ -43,7 +43,7 @@ class Store:
 def train_to(folder: Path, network: type[DiT], flags: list[str], steps: int) -> dict:
     """Train a run in this folder until it has done so many steps, resuming what is there. Returns its checkpoint."""
     trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
-    done = checkpoint.load(folder)["step"] if (folder / "checkpoint.pt").exists() else -1
+    done = checkpoint.load(folder)["step"] if (folder / checkpoint.RUN_FILE).exists() else -1
     if done < steps:
         run = ["--run-dir", str(folder), *flags] if done < 0 else ["--resume", str(folder)]
         status = train.main([*run, "--steps", str(steps), "--save-every", str(steps)], trainer_class)
@@ -53,7 +53,7 @@ def train_to(folder: Path, network: type[DiT], flags: list[str], steps: int) -> 
 
 
 def trained_model(state: dict, network: type[DiT]) -> TrainedModel:
-    return TrainedModel(*checkpoint.build(state, network=network))
+    return checkpoint.build(state, network=network)
 
 
 def measure_samples(trained: TrainedModel, reference: Reference, count: int, precision: str) -> dict[str, float]:
@@ -88,18 +88,18 @@ def seconds_a_step(
     """
     trainers = {}
     for name, (network, config) in networks.items():
-        args, device = train.build_parser().settings(flags)
-        args.guidance = default_guidance(args)
+        parser = train.build_parser()
+        args, device = settings(parser, parser.given(flags))
         trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
         trainers[name] = trainer_class(config, args, device)
     x0, y = torch.zeros(args.batch_size, *trainers[name].shape, device=device), torch.zeros(args.batch_size).long()
     times = {name: [] for name in networks}
     for _ in range(rounds):
         for name, trainer in trainers.items():
-            trainer.step(0, x0, y.to(device))  # the first one of a round fills the caches
+            trainer.step(0, x0, y.to(device), args.lr)  # the first one of a round fills the caches
             begin = time.perf_counter()
             for _ in range(5):
-                norm = trainer.step(0, x0, y.to(device))[1]
+                norm = trainer.step(0, x0, y.to(device), args.lr)["gradient_norm"]
             norm.item()  # waits for a GPU
             times[name].append((time.perf_counter() - begin) / 5)
     return {name: statistics.median(values) for name, values in times.items()}

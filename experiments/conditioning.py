@@ -21,7 +21,8 @@ from common import Store, gflops, hardware, measure_samples, seconds_a_step, tra
 from torch import Tensor, nn
 
 import checkpoint
-from cli import ASSETS, Parser, run_script
+from checkpoint import ASSETS
+from cli import Parser, run_script
 from dit import MODELS, Attention, DiT, DiTBlock, DiTConfig, Mlp, modulate, unpatchify
 from metrics import Reference
 

@@ -17,7 +17,8 @@ from common import Store, gflops, hardware, measure_samples, seconds_a_step, tra
 from PIL import Image
 
 import checkpoint
-from cli import ASSETS, Parser, run_script
+from checkpoint import ASSETS
+from cli import Parser, run_script
 from dit import MODELS, DiT, DiTConfig
 from metrics import Reference
 from sampling import grid

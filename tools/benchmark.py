@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cli import Parser, default_guidance, number, pick_device, run_script  # noqa: E402
-from distill import STEP_COUNTS, ShortcutModel  # noqa: E402
+from checkpoint import find_checkpoint, load_model  # noqa: E402
+from cli import Parser, number, pick_device, run_script  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
-from inference import DEFAULT_STEPS, find_checkpoint, load_model  # noqa: E402
+from model_flags import DEFAULT_STEPS  # noqa: E402
+from rundir import settings  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
+from shortcut import STEP_COUNTS, ShortcutModel  # noqa: E402
 from speed import best_precision  # noqa: E402
 from train import PRESETS, Trainer, build_parser  # noqa: E402
 from variance import LearnedVariance  # noqa: E402
@@ -106,19 +108,19 @@ def train_row(precision: str, model: str, optimizer: str, batch: int, device: to
     torch.compiler.reset()  # otherwise it would give up compiling after some networks of other shapes
     flags = f"--precision {precision} --model {model} --optimizer {optimizer} --batch-size {batch}"
     flags += f" --device {device.type}"
-    args, _ = build_parser().settings(flags.split())
-    args.guidance = default_guidance(args)
+    parser = build_parser()
+    args, _ = settings(parser, parser.given(flags.split()))
     trainer = Trainer(DiTConfig(**MODELS[model]), args, device)
     config = trainer.config
     x0, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
     plain = plain_step(config, batch, device)
     for warm_up in range(3):
-        trainer.step(warm_up, x0, y)
+        trainer.step(warm_up, x0, y, args.lr)
         plain(x0, y)
     work, fraction, img_s, factor = flops(config), [], [], []
     for _ in range(rounds):
         peak = matmul_peak(device, DTYPES[precision])
-        ours, theirs = seconds(lambda: trainer.step(0, x0, y), device), seconds(lambda: plain(x0, y), device)
+        ours, theirs = seconds(lambda: trainer.step(0, x0, y, args.lr), device), seconds(lambda: plain(x0, y), device)
         img_s.append(batch / ours)
         fraction.append(100 * work * batch / ours / peak)
         factor.append(theirs / ours)

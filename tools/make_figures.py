@@ -29,17 +29,19 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
-from cli import ASSETS, BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, Parser, UsageError, run_script  # noqa: E402
+from checkpoint import ASSETS, BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, RUNS, load_model  # noqa: E402
+from cli import Parser, UsageError, run_script  # noqa: E402
 from dataset import DIGITS, bundled_digits, to_float  # noqa: E402
-from diffusion import SCHEDULES, Diffusion, ddim, spaced_timesteps  # noqa: E402
+from diffusion import SCHEDULES, Diffusion, spaced_timesteps  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
-from inference import load_model, read_half  # noqa: E402
+from inference import half_mask, read_image  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
-from run import RUNS, centred_median, read_log  # noqa: E402
+from runlog import centred_median, read_log  # noqa: E402
 from sampling import (  # noqa: E402
     TrainedModel,
     constrained,
     crossfade,
+    ddim,
     grid,
     image_noise,
     slerp,
@@ -184,7 +186,7 @@ def inference_result() -> None:
 def measure_samples(trained: TrainedModel, reference: Reference, what: str, **options) -> dict[str, float]:
     """Accuracy, recall and rho of COUNT samples, seed 0, with the labels of the test set."""
     labels = labels_as_in(reference.tensors["labels.test"], COUNT)
-    table = measure(to_uint8(trained.sample(labels, 250, what=what, **options)), labels, reference)
+    table = measure(to_uint8(trained.sample(labels, 250, progress=what, **options)), labels, reference)
     measures = {"accuracy": "accuracy", "recall": "recall", "rho": "rho, classifier"}
     values = {name: table[row]["generated"] for name, row in measures.items()}
     tqdm.write(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -254,12 +256,12 @@ MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 class KeepingTrainer(train.Trainer):
     """Also keeps the averaged weights after MARKS."""
 
-    def step(self, step_index: int, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result, step = super().step(step_index, x0, y), step_index + 1
+    def step(self, step: int, x0: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
+        result, step = super().step(step, x0, y, lr), step + 1
         if step in MARKS:
             about = self.config, self.diffusion, DIGITS[: self.config.num_classes], "training images", step
-            description = checkpoint.describe(DiT, *about, **self.sampling_guidance)
-            checkpoint.save_weights(RUNS / "figure" / f"step_{step}.safetensors", self.ema.state_dict(), description)
+            description = checkpoint.describe(DiT, *about, **self.guidance)
+            checkpoint.save(RUNS / "figure" / f"step_{step}.safetensors", description, self.ema.state_dict())
         return result
 
 
@@ -267,7 +269,7 @@ def loss() -> None:
     """loss.png: the loss of a training, and samples of its averaged weights along the way."""
     folder = RUNS / "figure"
     if not (folder / "weights.safetensors").exists():
-        begun = (folder / "checkpoint.pt").exists()
+        begun = (folder / checkpoint.RUN_FILE).exists()
         how = ["--resume", str(folder)] if begun else ["--run-dir", str(folder), *TRAINING]
         status = train.main(how, KeepingTrainer)
         if status:
@@ -358,7 +360,7 @@ def inpainting() -> None:
     trained, shown = load_model(BUNDLED_WEIGHTS), []
     halves = ("left", "right", "top", "bottom")
     for half in halves:
-        image, mask = read_half(half, ROOT / "assets" / "three.png", trained)
+        image, mask = read_image(ROOT / "assets" / "three.png", trained), half_mask(half, trained.shape[1])
         known = torch.where(mask, image, torch.zeros(()))  # grey where nothing is known
         shown.append(torch.cat([known, trained.sample(LABELS, 10, inpaint=(image, mask))]))
     figure = canvas(3.2)
@@ -373,11 +375,12 @@ def inpainting() -> None:
 def interpolation() -> None:
     """interpolation.png: between two samples, by a mixture of pixels, and by one of noise and predictions."""
     trained, fractions, rows, names = load_model(BUNDLED_WEIGHTS), torch.linspace(0, 1, 10), [], []
+    guidance = [trained.settings[name] for name in ("guidance", "guidance_interval")]
     for one, other, seed in ((3, 8, 0), (4, 9, 1), (1, 7, 2)):
         a, b = image_noise(seed, range(2), trained.shape, "cpu")()
         start = torch.stack([slerp(a, b, fraction) for fraction in fractions])
-        guidance = {name: trained.settings[name] for name in ("guidance", "guidance_interval")}
-        predict = crossfade(*(trained.predictor(torch.full((10,), y), **guidance) for y in (one, other)), fractions)
+        how = trained.timesteps(trained.settings["steps"]), *guidance
+        predict = crossfade(*(trained.predictor(torch.full((10,), y), *how) for y in (one, other)), fractions)
         images = trained.sample_batch(LABELS, start=start, predict=predict, **trained.settings)
         pixels = torch.lerp(images[:1], images[-1:], fractions.view(-1, 1, 1, 1))
         rows += [pixels, images]

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 from cli import Parser, UsageError, output_path, run_script  # noqa: E402
-from distill import STEP_COUNTS, ShortcutModel  # noqa: E402
 from evaluate import MAX_COUNT, add_measure_flags, open_digits_model, sample_digits  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
+from shortcut import STEP_COUNTS, ShortcutModel  # noqa: E402
 
 # What each sweep sets: the flags in words, and the options of `sample_batch` at each of its points.
 SWEEPS = {
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def nfe(trained: TrainedModel, settings: dict) -> int:
     """The number of function evaluations: calls of the network for an image. A guided step has two."""
     low, high = settings["guidance_interval"] or (0, math.inf)
-    timesteps = trained.timesteps(settings["sampler"], settings["steps"])
+    timesteps = trained.timesteps(settings["steps"])
     guided = sum(settings["guidance"] != 1 and low <= t <= high for t in timesteps)
     return len(timesteps) + guided
 
@@ -70,7 +70,7 @@ def measure_points(
     for options in points:
         settings = {**trained.settings, **options}
         name = " ".join(str(value) for value in options.values())
-        images, seconds = sample_digits(trained, labels, args.batch_size, what=f"{args.what} {name}", **options)
+        images, seconds = sample_digits(trained, labels, args.batch_size, progress=f"{args.what} {name}", **options)
         table = measure(images, labels, reference, args.against.replace("-", "_"))
         results.append(dict(name=name, **settings, nfe=nfe(trained, settings), seconds=seconds, numbers=table))
         rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
