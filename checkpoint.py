@@ -30,6 +30,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
@@ -272,12 +274,21 @@ def check(state: dict) -> None:
         raise ValueError(f"its classes are not {number} names")
 
 
+class WithoutRandomNumbers(TorchFunctionMode):
+    """Inside, no tensor gets random numbers. On `meta`, PyTorch would import its compiler first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if args and func in (init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tensor]) -> None:
     """Raise ValueError unless these are the weights of such a network: by name, shape and kind, all of them finite.
 
     The network is built on the device `meta`, where tensors have shapes and no memory.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutRandomNumbers():
         expected = network(config).state_dict()
     for name in sorted(expected.keys() ^ weights.keys()):
         raise ValueError(f"{name} is {'missing' if name in expected else 'not a part of the network'}")

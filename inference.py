@@ -166,7 +166,7 @@ def generate(args: argparse.Namespace) -> Path:
         trained.settings["inpaint"] = read_image(path, trained), half_mask(half, trained.shape[1]).to(trained.device)
     if args.image:
         strength = 0.6 if args.strength is None else args.strength
-        trained.settings |= dict(start=read_image(args.image, trained), strength=strength)
+        trained.settings |= dict(image=read_image(args.image, trained), strength=strength)
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     columns = len(labels) if per_class == 1 else per_class

@@ -176,17 +176,16 @@ class TrainedModel:
 
     def sample_batch(
         self, labels: Tensor, *, seed: int = 0, indices: range | None = None, start: Tensor | None = None,
-        strength: float = 1.0, predict: Callable | None = None, sampler: str, steps: int, eta: float = 0.0,
-        guidance: float = 1.0, guidance_interval: list[int] | None = None, precision: str = "fp32", clip: bool = True,
-        inpaint: tuple[Tensor, Tensor] | None = None, callback: Callable | None = None,
+        image: Tensor | None = None, strength: float = 1.0, predict: Callable | None = None, sampler: str, steps: int,
+        eta: float = 0.0, guidance: float = 1.0, guidance_interval: list[int] | None = None, precision: str = "fp32",
+        clip: bool = True, inpaint: tuple[Tensor, Tensor] | None = None, callback: Callable | None = None,
     ) -> Tensor:
         """One image for each of the labels (n,): (n, C, S, S), S pixels a side, in [-1, 1] with `clip`.
 
         indices:   the number of each image within the seed (default: 0 to n - 1)
-        start:     noise (n, C, S, S) to begin with, in place of the seed's; with a strength below 1, an image
-        strength:  how much of the path to take, 0 to 1: below 1, `start` is an image (C, S, S) or (n, C, S, S), which
-                   gets the noise of the timestep strength * (T - 1) and is denoised from there (SDEdit, arXiv
-                   2108.01073)
+        start:     noise (n, C, S, S) to begin with, in place of the seed's
+        image:     an image (C, S, S) or (n, C, S, S) to begin with, which gets noise up to the timestep strength *
+                   (T - 1) and is denoised from there (SDEdit, arXiv 2108.01073); strength is 0 to 1
         predict:   in place of the prediction for these labels, see `predictor`
         sampler:   one of `samplers`, with so many steps from noise to image
         eta:       for ddim, how much fresh noise each step adds: 0 for none, 1 for as much as ddpm
@@ -200,9 +199,9 @@ class TrainedModel:
         timesteps = self.timesteps(steps, strength)
         if predict is None:
             predict = self.predictor(labels, timesteps, guidance, guidance_interval)
-        x = noise() if start is None or strength < 1 else start.to(self.device)
-        if strength < 1:
-            x = self.diffusion.q_sample(start.to(self.device), torch.full((len(x),), timesteps[0]), x)
+        x = noise() if start is None else start.to(self.device)
+        if image is not None:
+            x = self.diffusion.q_sample(image.to(self.device), torch.full((len(x),), timesteps[0]), x)
         options = dict(eta=eta) if eta else {}
         with autocast(self.device, precision):
             images = self.samplers[sampler](

@@ -11,15 +11,13 @@ from diffusion import (
     PREDICTIONS,
     SCHEDULES,
     Diffusion,
-    ddim,
     ddpm,
-    dpm_solver,
     drop_labels,
     guide,
     sample_timesteps,
     spaced_timesteps,
 )
-from sampling import constrained, crossfade
+from sampling import constrained, crossfade, ddim, dpm_solver
 
 T = 1000
 BETA_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}                           # as diffusers calls them
@@ -309,8 +307,8 @@ def test_order_of_accuracy(schedule, sampler, order):
         at = {}
         timesteps = torch.linspace(begin, end, steps + 1).round().long().tolist()
         predict = optimal_for_gaussian(d, m, c)
-        keep = constrained(clip=False, callback=lambda t, x_t, _, at=at: at.update({t: x_t}))
-        sampler(d, predict, x, timesteps, constrain=keep)
+        keep = dict(constrain=constrained(clip=False), callback=lambda t, x_t, _, at=at: at.update({t: x_t}))
+        sampler(d, predict, x, timesteps, **keep)
         errors.append((at[end] - exact).abs().max().item())
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.2)
@@ -342,7 +340,7 @@ def test_samplers_show_every_step_and_clip_only_x0_hat(schedule):
     timesteps = spaced_timesteps(T, 6)
     for sampler, options in ((ddpm, dict(noise=lambda: gaussian(2))), (ddim, {}), (dpm_solver, {})):
         seen = []
-        options["constrain"] = constrained(callback=lambda *step, seen=seen: seen.append(step))
+        options["callback"] = lambda *step, seen=seen: seen.append(step)
         out = sampler(d, lambda x, t: 5 * x, x, timesteps, **options)
         assert [t for t, _, _ in seen] == timesteps
         assert torch.equal(seen[0][1], x)
@@ -375,7 +373,7 @@ def test_each_sampler_agrees_with_diffusers(schedule, prediction, clip):
 
     def ours(sampler, *arguments, **options):
         path = []
-        options["constrain"] = constrained(clip=clip, callback=lambda t, x, _: path.append(x))
+        options |= dict(constrain=constrained(clip=clip), callback=lambda t, x, _: path.append(x))
         out = sampler(d, predict, gaussian(9, n=2), timesteps, *arguments, **options)
         return [*path, out]
 
@@ -469,8 +467,8 @@ def test_what_is_known_stays_and_is_noised_as_the_forward_process_would(schedule
     g = torch.Generator().manual_seed(0)
     options = dict(noise=lambda: torch.randn(eps.shape, generator=g)) if sampler is ddpm else {}
     x = d.alpha[T - 1] * image + d.sigma[T - 1] * eps
-    constrain = constrained(inpaint=(image, mask), callback=lambda t, x_t, x0_hat: seen.append((t, x_t)))
-    out = sampler(d, lambda x, t: x * 0.3, x, spaced_timesteps(T, 20), constrain=constrain, **options)
+    how = dict(constrain=constrained(inpaint=(image, mask)), callback=lambda t, x_t, x0_hat: seen.append((t, x_t)))
+    out = sampler(d, lambda x, t: x * 0.3, x, spaced_timesteps(T, 20), **how, **options)
     assert torch.equal(out[..., :2], image[..., :2]) and not torch.equal(out[..., 2:], image[..., 2:])
     for t, x_t in seen:
         noise = (x_t - d.alpha[t] * image)[..., :2] / d.sigma[t]

@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_no_half_of_a_picture_or_array(images, tmp_path, caps
 def test_a_full_disk_leaves_no_half_of_an_evaluation(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "SWEEPS", {"steps": ("--steps", [dict(steps=1), dict(steps=2)])})
-    words = ["--checkpoint", str(cli.BUNDLED_WEIGHTS), "--count", "20"]
+    words = ["--checkpoint", str(checkpoint.BUNDLED_WEIGHTS), "--count", "20"]
     for work in (
         lambda: evaluate.evaluate(evaluate.parse_args([*words, "--steps", "1"])),
         lambda: sweep.sweep(sweep.parse_args(["steps", *words])),

@@ -13,29 +13,28 @@ import train
 from checkpoint import CheckpointError
 from cli import UsageError
 from conftest import TINY, assert_equal_states, losses, run_script
-from diffusion import Diffusion, ddim, sample_timesteps
+from diffusion import Diffusion, sample_timesteps
 from distill import (
     FAKE_UPDATES,
     MATCHING_GUIDANCE,
     STEP_COUNT_CYCLE,
-    STEP_COUNTS,
     DistillTrainer,
-    ShortcutDiT,
     build_parser,
     ddim_step,
     invert_ddim_step,
     last_spans,
     main,
+    matched_counts,
     matching_loss,
     sample_spans,
-    shortcut,
     shortcut_loss,
-    shortcut_timesteps,
+    simulate_path,
     with_sizes_of,
 )
 from dit import DiT, DiTConfig
-from inference import load_model
-from run import Run
+from rundir import RunDir, settings
+from sampling import ddim
+from shortcut import STEP_COUNTS, ShortcutDiT, ShortcutModel, shortcut_timesteps
 from test_diffusion import T, every_schedule, gaussian, optimal_for_gaussian
 from test_diffusion import images as random_images
 from test_numerics import network
@@ -82,7 +81,8 @@ def test_steps_to_learn_are_those_that_the_sampler_takes():
         assert set(sampled[i::10]) == set(paths[n])
     starts = [sum(t == T - 1 for t, _ in sampled[i::10]) / 1000 for i in (5, 9)]
     assert starts == pytest.approx([0.3 + 0.7 / 16, 1 / 32], abs=0.05)
-    assert last_spans(6, T).tolist() == [[999, -1], [999, -1], [499, -1], [249, -1], [999, -1], [999, -1]]
+    ends = last_spans(matched_counts(6), T)
+    assert ends.tolist() == [[999, -1], [999, -1], [499, -1], [249, -1], [999, -1], [999, -1]]
 
 
 @every_schedule
@@ -115,7 +115,7 @@ def test_shortcuts_are_learned_from_two_halves_down_to_the_teacher(schedule):
     torch.testing.assert_close(off, 0.01 / d.tables["sigma"][t], rtol=0.01, atol=1e-4)
 
     x = gaussian(3, 1)[:, :1, :1, :1]
-    one_step = shortcut(d, lambda x, step: model(x, torch.tensor([step]), None), x, shortcut_timesteps(T, 1))
+    one_step = ddim(d, lambda x, t: model(x, torch.tensor([[t, -1]]), None), x, shortcut_timesteps(T, 1))
     torch.testing.assert_close(one_step, ddim(d, lambda x, t: optimal(x, t), x, halves()), rtol=0, atol=1e-3)
 
 
@@ -167,9 +167,22 @@ def test_matching_leads_the_student_to_the_distribution_of_its_teacher(schedule)
     assert loss.max() == 0  # where the two networks agree, nothing is left to learn
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_simulated_path_is_that_of_the_sampler_without_its_last_step(steps):
+    """From where it ends, the last step leads to the sample."""
+    student, d, eps, y = network(ShortcutDiT), Diffusion("flow", "x0"), torch.randn(3, 1, 8, 8), torch.arange(3)
+    description = dict(guidance=1.0, guidance_interval=None)
+    sample = ShortcutModel(student, d, description).sample_batch(y, start=eps, sampler="shortcut", steps=steps)
+    x_t = simulate_path(d, student, eps, y, steps)
+    spans = last_spans(torch.full((3,), steps), T)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x_t, spans, y).clamp(-1, 1), sample)
+
+
 def test_the_network_fake_knows_in_how_many_steps_a_sample_was_made():
     seen = []
-    with_sizes_of(last_spans(4, T), lambda x, spans, y: seen.append(spans))(None, torch.tensor([9, 8, 7, 6]), None)
+    fake = with_sizes_of(last_spans(matched_counts(4), T), lambda x, spans, y: seen.append(spans))
+    fake(None, torch.tensor([9, 8, 7, 6]), None)
     assert seen[0].tolist() == [[9, -991], [8, -992], [7, -493], [6, -244]]
 
 
@@ -190,7 +203,7 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
     arguments += ["--device", "cpu", "--steps", 10]
     assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "should_stop", lambda self: self.step == stop)
+        patch.setattr(RunDir, "asked_to_stop", lambda self: self.step == stop)
         assert run(*arguments, "--run-dir", tmp_path / "parts") == 128
     teacher.unlink()
     assert run("--resume", tmp_path / "parts") == 0
@@ -201,7 +214,7 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
     for name in ("final_layer.linear.weight", "blocks.0.attn.qkv.weight"):  # of a network that began as its copy
         assert not torch.equal(whole["fake"][name], whole["teacher"]["ema"][name])
     assert whole["network"] == "ShortcutDiT" and whole["guidance"] == 1.0
-    assert whole["args"]["guidance"] == [2.0, 300, 800]
+    assert whole["settings"]["guidance"] == [2.0, 300, 800]
 
 
 def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
@@ -213,22 +226,27 @@ def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
     with pytest.raises(UsageError, match="is distilled already"):
         run(tmp_path / "parts", "--dataset", images)
     for command, folder in ((train.main, tmp_path / "parts"), (main, tiny_run)):  # each resumes its own runs
-        with pytest.raises(CheckpointError, match="was not begun by"):
+        with pytest.raises(UsageError, match=r"was begun by .*: continue it with python"):
             command(["--resume", str(folder), "--steps", "30"])
     for part, error, fix in (
         ("teacher", UsageError, "lacks its teacher: begin a new run"),
         ("fake", CheckpointError, "does not fit its settings"),
     ):
         kept = {name: value for name, value in parts.items() if name != part}
-        checkpoint.save(tmp_path / "parts" / "checkpoint.pt", kept)
+        names = ("model", "ema", "optimizers", "fake", "fake_optimizers")
+        tensors = {name: kept.pop(name) for name in names if name in kept}
+        if "teacher" in kept:
+            tensors["teacher"] = {"ema": kept["teacher"].pop("ema")}
+        checkpoint.save(tmp_path / "parts" / "checkpoint.safetensors", kept, tensors)
         with pytest.raises(error, match=fix):
             run("--resume", tmp_path / "parts", "--steps", 7)
 
 
 def new_trainer(tiny_run) -> DistillTrainer:
     words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--precision", "fp32"]
-    args, device = build_parser().settings([*words, "--guidance", "3", "300", "800", "--steps", "10"])
-    return DistillTrainer(load_model(tiny_run), args, device)
+    parser = build_parser()
+    args, device = settings(parser, parser.given([*words, "--guidance", "3", "300", "800", "--steps", "10"]))
+    return DistillTrainer(checkpoint.load_model(tiny_run), args, device)
 
 
 @pytest.fixture
@@ -242,19 +260,19 @@ def test_a_dry_run_of_distilling_changes_nothing(trainer, tiny_run):
     assert_equal_states(trainer.state(), before)
     x0, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
     for one in (trainer, other):
-        one.step(0, x0, y)
+        one.step(0, x0, y, 1e-3)
     assert_equal_states(trainer.state(), other.state())
 
 
 def test_fake_learns_only_while_samples_are_matched_and_from_them_alone(trainer):
     x0, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
     before = copy.deepcopy(trainer.fake.state_dict())
-    trainer.step(6, x0, y)
+    trainer.step(6, x0, y, 1e-3)
     assert_equal_states(trainer.fake.state_dict(), before)
     student = copy.deepcopy(trainer.model.state_dict())
-    times, _, eps = trainer.randomness(7)
-    assert times.shape == (20, 3 + FAKE_UPDATES) and eps.shape == (20, 2 + 2 * FAKE_UPDATES, 1, 8, 8)
-    trainer.update_fake(x0, y, times[:, 3], eps[:, 2:])
+    random = trainer.randomness(7)
+    assert random["fake_t"].shape == (20, FAKE_UPDATES) and random["fake_eps"].shape == (20, FAKE_UPDATES, 1, 8, 8)
+    trainer.update_fake(y, random["fake_t"][:, 0], random["path_eps"][:, 0], random["fake_eps"][:, 0])
     assert_equal_states(trainer.model.state_dict(), student)
     after = trainer.fake.state_dict()
     same = {name for name in after if torch.equal(after[name], before[name])}
@@ -277,24 +295,28 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(
     """First the shortcut loss; later, for every other image, half of its matching loss."""
     trainer.ddp_model.require_backward_grad_sync = True  # as a step sets it
     torch.nn.init.normal_(trainer.fake.d_embedder.mlp[2].weight)
-    times, _, eps = trainer.randomness(step)
+    random = trainer.randomness(step)
+    for name in ("u", "fake_t", "path_eps", "fake_eps"):
+        random.pop(name, None)
     x0, y = torch.rand(20, 1, 8, 8) * 2 - 1, torch.arange(20) % 3
     expected = []
     for i in range(20):
         n, d = slice(i, i + 1), trainer.diffusion
-        spans = times[n, :2]
-        x_t = d.q_sample(x0[n], spans[:, 0], eps[n, 0])
+        spans, eps = random["spans"][n], random["eps"][n]
+        x_t = d.q_sample(x0[n], spans[:, 0], eps)
+        if step and i % 2:
+            x_t = simulate_path(d, trainer.ema, eps, y[n], int(random["counts"][i]))
         x0_hat = trainer.model(x_t, spans, y[n])
         if step and i % 2:
             teacher = partial(trainer.teach, fraction=MATCHING_GUIDANCE)
             fake = with_sizes_of(spans, trainer.fake)
-            loss = 0.5 * matching_loss(d, x0_hat, teacher, fake, y[n], times[n, 2], eps[n, 1])
+            loss = 0.5 * matching_loss(d, x0_hat, teacher, fake, y[n], random["match_t"][n], random["match_eps"][n])
         else:
             loss = shortcut_loss(d, x0_hat, trainer.ema, trainer.teach_spans, x_t, y[n], spans)
         expected.append(loss.item())
     for size in (20, 5, 1):
         parts = [slice(i, i + size) for i in range(0, 20, size)]
-        means = [trainer.loss(x0[n], y[n], times[n], eps[n]).item() for n in parts]
+        means = [trainer.losses(x0[n], y[n], **{k: v[n] for k, v in random.items()}).mean().item() for n in parts]
         assert sum(means) / len(means) == pytest.approx(sum(expected) / 20, rel=1e-4)
 
 
@@ -318,7 +340,7 @@ def test_a_distilled_network_samples_in_one_step_what_its_teacher_samples_in_man
     assert train.main([str(a) for a in (*small, "--steps", 400, "--run-dir", tmp_path / "teacher")]) == 0
     small = ["--dataset", images, "--no-compile", "--device", "cpu", "--batch-size", 32, "--save-every", 1000]
     assert run(tmp_path / "teacher", *small, "--steps", 400, "--run-dir", tmp_path / "student") == 0
-    teacher, student = (load_model(tmp_path / name) for name in ("teacher", "student"))
+    teacher, student = (checkpoint.load_model(tmp_path / name) for name in ("teacher", "student"))
     labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
     means = [trained.sample(labels, 24).view(3, -1).mean(1) for trained in (teacher, student)]
     one = student.sample(labels, 24, steps=1).view(3, -1).mean(1)
@@ -351,7 +373,7 @@ def test_what_cannot_be_distilled_names_the_fix(tiny_run, images, tmp_path, argu
 def test_networks_that_cannot_be_distilled_are_refused(tmp_path, prediction, timesteps, learn_sigma, fix):
     model, process = network(learn_sigma=learn_sigma), Diffusion("linear", prediction, timesteps)
     description = checkpoint.describe(DiT, model.config, process, ("a", "b", "c"), "nothing", 0, 1.0)
-    checkpoint.save_weights(tmp_path / "weights.safetensors", model.state_dict(), description)
+    checkpoint.save(tmp_path / "weights.safetensors", description, model.state_dict())
     with pytest.raises(UsageError, match=fix):
         run(tmp_path / "weights.safetensors", "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()

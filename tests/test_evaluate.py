@@ -14,7 +14,8 @@ import checkpoint
 import dataset
 import evaluate
 import metrics
-from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, UsageError
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS
+from cli import UsageError
 from diffusion import Diffusion
 from dit import DiT, DiTConfig
 from inference import load_model

@@ -54,4 +54,4 @@ def test_an_experiment_runs_resumes_and_plots(script, figures, tmp_path, capsys)
     shutil.rmtree(tmp_path / "runs")
     capsys.readouterr()
     script.main(words)  # everything is in the JSON file already
-    assert not (tmp_path / "runs").exists() and "checkpoint.pt" not in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists() and "checkpoint.safetensors" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Claims about sampling images."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,17 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 import inference
+import model_flags
+import sample_npz
 from checkpoint import CheckpointError
 from cli import UsageError
 from conftest import ROOT, run_script, trained
 from dataset import DataError
 from diffusion import Diffusion
-from distill import ShortcutDiT
 from dit import MODELS, DiT, DiTConfig
-from inference import parse_labels
-from sampling import image_noise, slerp
+from model_flags import parse_labels
+from sampling import image_noise, slerp, to_pil, to_uint8
+from shortcut import ShortcutDiT
 
 
 @pytest.fixture
@@ -34,6 +37,18 @@ def generate(tiny_run, tmp_path, monkeypatch):
     def run(*arguments: object, weights: object = tiny_run):
         words = ["--checkpoint", weights, "--device", "cpu", *arguments] if weights else arguments
         return inference.generate(inference.parse_args([str(a) for a in words]))
+
+    return run
+
+
+@pytest.fixture
+def many(tiny_run, tmp_path, monkeypatch):
+    """The same for tools/sample_npz.py."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, weights: object = tiny_run):
+        sample_npz.main([str(a) for a in ("--checkpoint", weights, "--device", "cpu", *arguments)])
+        return max(tmp_path.rglob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
 
     return run
 
@@ -139,17 +154,56 @@ def test_slerp_keeps_the_length_of_noise():
 
 
 @pytest.mark.parametrize(("half", "kept"), [("left", np.s_[:, :4]), ("bottom", np.s_[4:])])
-def test_inpainting_keeps_its_half(generate, images, half, kept):
+def test_inpainting_keeps_its_half(generate, tiny_run, images, half, kept):
     image = next((images / "light").glob("*.png"))
-    out = generate("--inpaint", half, image, "--npz", "many.npz", "--count", 6)
-    sampled, given = np.load(out)["arr_0"][..., 0], np.array(Image.open(image))
+    trained = checkpoint.load_model(tiny_run)
+    known = inference.read_image(str(image), trained), inference.half_mask(half, 8)
+    samples = to_uint8(trained.sample([0, 1, 2] * 2, inpaint=known))
+    sampled, given = samples[:, 0].numpy(), np.array(Image.open(image))
     for i in range(6):
         assert np.array_equal(sampled[i][kept], given[kept]) and not np.array_equal(sampled[i], given)
     assert Image.open(generate("--inpaint", half, image, "--per-class", 2)).size[0] > 0
 
 
-def test_an_npz_is_what_evaluators_read(generate):
-    path = generate("--npz", "samples.npz", "--count", 11, "--batch-size", 4)
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_an_image_to_begin_with_is_kept_as_far_as_the_strength_says(strength):
+    """SDEdit: without noise almost nothing changes, and with all of it almost nothing stays."""
+    trained = checkpoint.load_model(checkpoint.BUNDLED_WEIGHTS)
+    image = inference.read_image(str(ROOT / "assets" / "three.png"), trained)
+    samples, free = trained.sample([8, 8], image=image, strength=strength, steps=10), trained.sample([8, 8], steps=10)
+    kept, changed = ((samples - x).abs().mean().item() for x in (image, free))
+    assert (kept < 0.05) == (strength == 0)
+    assert (changed < 0.05) == (strength == 1)
+
+
+def test_an_image_becomes_what_the_labels_say(generate, images):
+    image = next((images / "light").glob("*.png"))
+    path = generate("--from", image, "--strength", 0.8, "--labels", 0, "--per-class", 3, "--steps", 4)
+    assert Image.open(path).size == (3 * 80 + 16, 96)
+    with pytest.raises(UsageError, match="--strength goes with --from"):
+        generate("--strength", 0.5)
+    with pytest.raises(UsageError, match="not allowed with"):
+        generate("--from", image, "--inpaint", "left", image)
+    with pytest.raises(DataError, match="nowhere.png"):
+        generate("--from", "nowhere.png")
+
+
+def test_a_model_is_used_from_python_in_a_line(tiny_run, capfd):
+    """Quiet, with labels as a list or a tensor, and pictures of the result."""
+    trained = checkpoint.load_model(tiny_run)
+    images = trained.sample([0, 1, 2])
+    assert images.shape == (3, 1, 8, 8) and images.device.type == "cpu" and images.abs().max() <= 1
+    torch.testing.assert_close(images, trained.sample(torch.tensor([0, 1, 2]), 2))
+    assert [picture.size for picture in to_pil(images)] == [(8, 8)] * 3
+    x_t = trained.diffusion.q_sample(images, torch.full((3,), 500), torch.randn(3, 1, 8, 8))
+    assert trained.predict_x0(x_t, 500, [0, 1, 2]).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="labels are 0 to 7: use 0 to 3"):
+        trained.sample([0, 7])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_npz_is_what_evaluators_read(many):
+    path = many("samples.npz", "--count", 11, "--batch-size", 4)
     with np.load(path) as file:
         images, labels = file["arr_0"], file["labels"]
     assert images.shape == (11, 8, 8, 1)
@@ -159,28 +213,30 @@ def test_an_npz_is_what_evaluators_read(generate):
 
 
 @pytest.mark.slow
-def test_ranks_share_an_npz(tiny_run, generate, tmp_path):
-    generate("--npz", "one.npz", "--count", 7, "--batch-size", 2)
+def test_ranks_share_an_npz(tiny_run, many, tmp_path):
+    many("one.npz", "--count", 7, "--batch-size", 2)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-    arguments = ("--checkpoint", tiny_run, "--npz", "two.npz", "--count", 7, "--batch-size", 2, "--device", "cpu")
-    result = run_script("inference.py", *arguments, cwd=tmp_path, python=torchrun)
+    arguments = ("two.npz", "--checkpoint", tiny_run, "--count", 7, "--batch-size", 2, "--device", "cpu")
+    result = run_script("tools/sample_npz.py", *arguments, cwd=tmp_path, python=torchrun)
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
         assert np.array_equal(one["labels"], two["labels"])
 
 
-def test_official_weights_write_latents(generate, tmp_path):
+def test_official_weights_write_latents(many, generate, tmp_path):
     config = DiTConfig(**MODELS["DiT-S/8"], image_size=16, in_channels=4, num_classes=10, learn_sigma=True)
     torch.save(DiT(config).state_dict(), tmp_path / "official.pt")
-    arguments = ("--model", "DiT-S/8", "--labels", 3, "--per-class", 2, "--steps", 2, "--sampler", "ddpm")
-    with np.load(generate(*arguments, weights=tmp_path / "official.pt")) as file:
+    arguments = ("--model", "DiT-S/8", "--steps", 2, "--sampler", "ddpm")
+    with pytest.raises(UsageError, match="makes latents: add --vae"):
+        generate(*arguments, weights=tmp_path / "official.pt")
+    with np.load(many("--count", 2, *arguments, weights=tmp_path / "official.pt")) as file:
         assert file["arr_0"].shape == (2, 4, 16, 16)
         assert file["arr_0"].dtype == np.float32
-        assert file["labels"].tolist() == [3, 3]
+        assert file["labels"].tolist() == [0, 1]
 
 
-def test_official_weights_may_be_wrapped_or_safetensors(generate, monkeypatch, tmp_path):
+def test_official_weights_may_be_wrapped_or_safetensors(many, monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "DiT-S/8", {**MODELS["DiT-S/8"], "depth": 1})  # the whole one is read above
     config = DiTConfig(**MODELS["DiT-S/8"], image_size=16, in_channels=4, num_classes=10, learn_sigma=True)
     weights = DiT(config).state_dict()
@@ -188,8 +244,8 @@ def test_official_weights_may_be_wrapped_or_safetensors(generate, monkeypatch, t
     torch.save({f"module._orig_mod.{name}": value for name, value in weights.items()}, tmp_path / "prefixed.pt")
     save_file(weights, tmp_path / "official.safetensors")
     for i, name in enumerate(("nested.pt", "prefixed.pt", "official.safetensors")):
-        arguments = ("--model", "DiT-S/8", "--labels", 3, "--per-class", 1, "--steps", 1, "--output", f"{i}.npz")
-        assert np.load(generate(*arguments, weights=tmp_path / name))["arr_0"].shape == (1, 4, 16, 16)
+        arguments = (f"{i}.npz", "--model", "DiT-S/8", "--count", 1, "--steps", 1)
+        assert np.load(many(*arguments, weights=tmp_path / name))["arr_0"].shape == (1, 4, 16, 16)
 
 
 def test_labels_are_numbers_names_or_ranges():
@@ -225,9 +281,6 @@ def test_labels_are_numbers_names_or_ranges():
         (["--labels", 3], "use numbers 0 to 2"),
         (["--labels", "seven"], "range of them: dark, grey, light"),
         (["--output", "digits.jpg"], "must end in .png"),
-        (["--npz", "digits.zip"], "must end in .npz"),
-        (["--npz", "digits.npz", "--labels", 1], "leave out --output, --labels"),
-        (["--count", 5], "goes with --npz"),
         (["--trajectory", "--per-class", 2], "leave --per-class out"),
         (["--sampler", "shortcut"], "was not distilled: use another --sampler"),
         (["--interpolate", 0], "needs two labels or more"),
@@ -239,7 +292,8 @@ def test_labels_are_numbers_names_or_ranges():
 def test_what_cannot_be_asked_for_names_the_fix(generate, arguments, fix, tmp_path):
     with pytest.raises(UsageError, match=fix):
         generate(*arguments)
-    assert not list(tmp_path.iterdir())
+    cli.remove_empty()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_an_image_to_complete_that_is_missing_is_named(generate):
@@ -247,38 +301,39 @@ def test_an_image_to_complete_that_is_missing_is_named(generate):
         generate("--inpaint", "left", "nowhere.png")
 
 
-def test_a_file_that_is_there_is_not_overwritten(generate, tmp_path):
-    for name, arguments in (("mine.png", ["--output", "mine.png"]), ("mine.npz", ["--npz", "mine.npz"])):
+def test_a_file_that_is_there_is_not_overwritten(generate, many, tmp_path):
+    commands = {"mine.png": lambda: generate("--output", "mine.png"), "mine.npz": lambda: many("mine.npz")}
+    for name, command in commands.items():
         (tmp_path / name).write_text("mine")
         with pytest.raises(UsageError, match="is there already"):
-            generate(*arguments)
+            command()
         assert (tmp_path / name).read_text() == "mine"
 
 
 def test_without_weights_it_says_how_to_get_some(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "none.safetensors")
-    with pytest.raises(UsageError, match=r"python train\.py"):
+    monkeypatch.setattr(checkpoint, "BUNDLED_WEIGHTS", tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match=r"python train\.py"):
         generate(weights=None)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         generate(weights="nowhere.pt")
 
 
 def test_bare_it_takes_the_newest_run_then_the_bundled_weights(generate, monkeypatch, tmp_path, tiny_run):
-    monkeypatch.setattr(inference, "BUNDLED_WEIGHTS", tmp_path / "bundled.safetensors")
+    monkeypatch.setattr(checkpoint, "BUNDLED_WEIGHTS", tmp_path / "bundled.safetensors")
     (tmp_path / "bundled.safetensors").write_bytes((tiny_run / "weights.safetensors").read_bytes())
-    assert inference.find_checkpoint().name == "bundled.safetensors"
+    assert checkpoint.find_checkpoint().name == "bundled.safetensors"
     assert generate("--per-class", 2, weights=None).exists()
     for name in ("old", "new"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
-    os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
-    assert inference.find_checkpoint().parent.name == "new"
+        shutil.copy(tiny_run / "checkpoint.safetensors", tmp_path / "runs" / name)
+    os.utime(tmp_path / "runs" / "old" / "checkpoint.safetensors", (1, 1))
+    assert checkpoint.find_checkpoint().parent.name == "new"
 
 
 def test_the_guidance_of_the_weights_is_the_default_and_a_weight_of_ones_own_acts_throughout(tiny_run):
     def settings(*words):
         args = inference.parse_args(["--checkpoint", str(tiny_run), "--device", "cpu", *words])
-        settings = inference.open_model(args).settings
+        settings = model_flags.open_model(args).settings
         return settings["guidance"], settings["guidance_interval"]
 
     assert settings() == (2.0, [300, 800])
@@ -296,7 +351,7 @@ def distilled(tmp_path_factory):
     description = checkpoint.describe(
         ShortcutDiT, model.config, Diffusion("flow", "x0"), ("a", "b", "c"), "nothing", 0, 1.0
     )
-    checkpoint.save_weights(path, model.state_dict(), description)
+    checkpoint.save(path, description, model.state_dict())
     return path
 
 
@@ -326,7 +381,7 @@ def test_one_step_would_only_fade_pixels_so_an_interpolation_takes_two(generate,
 @pytest.mark.parametrize(
     ("arguments", "fix"),
     [
-        (["--steps", 3], "use 1, 2, 4, 8, 16, 32, which these weights learned"),
+        (["--steps", 3], "use 1, 2, 4, 8, 16, 32, which a shortcut model learns"),
         (["--sampler", "ddim"], "was distilled: sample from it only with --sampler shortcut"),
         (["--guidance", 2], "distilled with its guidance, which is fixed: set none"),
         (["--compare-guidance", 1, 2], "which is fixed: set none"),
@@ -341,7 +396,7 @@ def test_what_distilled_weights_cannot_do_names_the_fix(generate, distilled, arg
 def test_an_unconditional_model_samples_without_labels(generate, tmp_path):
     model, diffusion = DiT(DiTConfig(image_size=8, patch_size=4, num_classes=0)), Diffusion()
     description = checkpoint.describe(DiT, model.config, diffusion, (), "nothing", 0, guidance=1.0)
-    checkpoint.save_weights(tmp_path / "weights.safetensors", model.state_dict(), description)
+    checkpoint.save(tmp_path / "weights.safetensors", description, model.state_dict())
     assert generate("--steps", 2, "--per-class", 3, weights=tmp_path / "weights.safetensors").exists()
     with pytest.raises(UsageError, match="knows no labels"):
         generate("--labels", 1, weights=tmp_path / "weights.safetensors")
@@ -367,7 +422,7 @@ def refused(monkeypatch, capsys):
 
 def test_an_error_is_one_line_and_exit_status_2(refused):
     assert refused("--checkpoint", "nowhere.pt") == (
-        "inference.py: error: no checkpoint nowhere.pt: give a .pt or .safetensors file, or the folder of a run\n"
+        "inference.py: error: no checkpoint nowhere.pt: give a .safetensors file, or the folder of a run\n"
     )
 
 

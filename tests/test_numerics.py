@@ -5,12 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, load_model
 from conftest import trained
 from diffusion import PREDICTIONS, SCHEDULES, Diffusion
-from distill import ShortcutModel
 from dit import DiT, DiTConfig
-from inference import load_model
+from shortcut import ShortcutModel
 from variance import LearnedVariance
 
 

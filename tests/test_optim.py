@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import optim
-from optim import COEFFICIENTS, Muon, learning_rate, load_optimizers, make_optimizers, orthogonalize, take_step
+from conftest import assert_equal_states
+from optim import (
+    COEFFICIENTS,
+    Muon,
+    learning_rate,
+    load_optimizers,
+    make_optimizers,
+    optimizer_states,
+    orthogonalize,
+    take_step,
+)
 
 
 @pytest.mark.parametrize("shapes", [[(16, 16)], [(16, 48), (48, 16), (16, 64)]])
@@ -122,18 +132,14 @@ def test_only_an_optimizers_own_state_is_restored():
     model.head(model.blocks(torch.ones(2, 4))).sum().backward()
     take_step(optimizers, 0.1)
     for optimizer, name in zip(optimizers, ("momentum", "exp_avg"), strict=True):
-        saved = optimizer.state_dict()
-        load_optimizers([optimizer], [saved], 1)
-        own = saved["state"][0][name]
-        for wrong in (
-            torch.zeros(3), torch.full_like(own, float("nan")), own.long(), torch.zeros(1).expand(own.shape), None, [1],
-        ):
-            state = {**saved["state"], 0: {**saved["state"][0], name: wrong}}
+        saved = optimizer_states([optimizer])
+        load_optimizers([optimizer], saved)
+        assert_equal_states(optimizer_states([optimizer]), saved)
+        own = saved["0"]["0"][name]
+        for wrong in (torch.zeros(3), torch.full_like(own, float("nan")), None, [1]):
+            state = {"0": {**saved["0"], "0": {**saved["0"]["0"], name: wrong}}}
             with pytest.raises((ValueError, AttributeError)):
-                load_optimizers([optimizer], [{"state": state}], 1)
-        for state in ({}, {0: saved["state"][0]}, {**saved["state"], 99: {}}):
-            with pytest.raises(ValueError, match="not that of its network"):
-                load_optimizers([optimizer], [{"state": state}], 1)
-    load_optimizers(optimizers[:1], [{"state": {}}], 0)
-    with pytest.raises(ValueError):
-        load_optimizers(optimizers, [{"state": {}}], 0)
+                load_optimizers([optimizer], state)
+        for state in ({"0": {"99": saved["0"]["0"]}}, {"0": {"a": {}}}):
+            with pytest.raises((ValueError, IndexError)):
+                load_optimizers([optimizer], state)

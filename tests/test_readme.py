@@ -18,7 +18,8 @@ import distill
 import evaluate
 import inference
 import metrics
-import run
+import rundir
+import runlog
 import train
 from conftest import ROOT
 from sampling import TrainedModel
@@ -61,10 +62,10 @@ def downloads(monkeypatch):
 def test_every_command_runs(downloads, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "RESAMPLES", 5)
-    monkeypatch.setattr(run, "LOG_EVERY", 2)  # after some of these, --minutes become steps
+    monkeypatch.setattr(runlog, "LOG_EVERY", 2)  # after some of these, --minutes become steps
     # Each training ends with a grid of samples and a curve, which test_train.py checks.
     monkeypatch.setattr(TrainedModel, "default_steps", {"dpm++": 1})
-    monkeypatch.setattr(run, "plot_loss", lambda folder: None)
+    monkeypatch.setattr(rundir, "plot_loss", lambda folder: None)
     for i in range(8):
         (tmp_path / "my-images").mkdir(exist_ok=True)
         Image.new("RGB", (40, 32), (30 * i, 0, 0)).save(tmp_path / "my-images" / f"{i}.jpg")

@@ -15,9 +15,9 @@ import train_classifier
 from cli import UsageError
 from conftest import run_script
 from diffusion import Diffusion
-from distill import ShortcutDiT
 from dit import MODELS, DiT, DiTConfig
 from metrics import Reference
+from shortcut import ShortcutDiT
 
 
 def run(*arguments: object) -> dict:
@@ -83,7 +83,7 @@ def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatc
     monkeypatch.setattr(metrics, "neighbour_distance", lambda points: torch.ones(len(points)))
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
     about = checkpoint.describe(ShortcutDiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
-    checkpoint.save_weights(tmp_path / "fast.safetensors", ShortcutDiT(config).state_dict(), about)
+    checkpoint.save(tmp_path / "fast.safetensors", about, ShortcutDiT(config).state_dict())
     result = run("steps", "--checkpoint", "fast.safetensors", "--count", 20, "--device", "cpu")
     assert [point["nfe"] for point in result["sweep"]] == [1, 2, 4, 8, 16, 32]
     for what, fix in (("guidance", "its guidance, which is fixed: set none"), ("sampler", "sweep steps")):

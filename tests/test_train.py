@@ -21,7 +21,8 @@ from cli import UsageError, WorkError
 from conftest import ROOT, TINY, assert_equal_states, losses, run_script, trained
 from dataset import IDX_FILES, DataError
 from optim import update_ema
-from run import new_folder, progress_bar
+from rundir import new_folder
+from runlog import progress_bar
 from sampling import TrainedModel
 from train import Trainer
 
@@ -73,7 +74,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(images, tmp_path, monkeypatc
 def test_the_progress_bar_counts_the_time_of_steps_and_not_that_of_pictures(images, tmp_path, monkeypatch):
     """Where it prints a line a minute, too, and pictures are made more often than that."""
     bars, step, pictures = [], Trainer.step, TrainedModel.sample
-    monkeypatch.setattr("run.progress_bar", lambda *args: bars.append(progress_bar(*args)) or bars[-1])
+    monkeypatch.setattr("runlog.progress_bar", lambda *args: bars.append(progress_bar(*args)) or bars[-1])
     monkeypatch.setattr(Trainer, "step", lambda *args: time.sleep(0.1) or step(*args))
     monkeypatch.setattr(TrainedModel, "sample", lambda *args, **kwargs: time.sleep(0.4) or pictures(*args, **kwargs))
     assert run("--dataset", images, *TINY, "--steps", 4, "--save-every", 1, "--run-dir", tmp_path / "run") == 0
@@ -87,10 +88,10 @@ def test_steps_after_the_last_checkpoint_are_taken_again(images, tmp_path, monke
     assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
     save = checkpoint.save
 
-    def power_cut(path, state):
-        if state["step"] == 30:
+    def power_cut(path, description, tensors):
+        if description["step"] == 30:
             raise KeyboardInterrupt
-        save(path, state)
+        save(path, description, tensors)
 
     monkeypatch.setattr(checkpoint, "save", power_cut)
     with pytest.raises(KeyboardInterrupt):
@@ -131,8 +132,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     step = Trainer.step
 
     def broken(self, number, *batch):
-        loss, norm = step(self, number, *batch)
-        return (loss * float("nan") if number == 16 else loss), norm
+        measured = step(self, number, *batch)
+        return {**measured, "losses": measured["losses"] * float("nan")} if number == 16 else measured
 
     monkeypatch.setattr(Trainer, "step", broken)
     arguments = ["--dataset", images, *TINY, "--steps", 40, "--save-every", 10, "--run-dir", tmp_path / "run"]
@@ -146,16 +147,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_run_is_never_overwritten(images, tiny_run, tmp_path):
     before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match="continue it by --resume"):
+    with pytest.raises(UsageError, match="continue it with --resume"):
         run("--dataset", images, *TINY, "--steps", 1, "--run-dir", tiny_run)
     assert before == {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_cannot_be_read_is_not_overwritten(tmp_path):
-    (tmp_path / "checkpoint.pt").write_text("damaged")
+    (tmp_path / "checkpoint.safetensors").write_text("damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         run("--resume", tmp_path)
-    assert (tmp_path / "checkpoint.pt").read_text() == "damaged"
+    assert (tmp_path / "checkpoint.safetensors").read_text() == "damaged"
 
 
 def test_weights_alone_cannot_be_resumed(tiny_run):
@@ -166,7 +167,7 @@ def test_weights_alone_cannot_be_resumed(tiny_run):
 @pytest.mark.usefixtures("small_network")
 def test_a_checkpoint_file_stands_for_its_run(images, tmp_path):
     run("--dataset", images, *TINY, "--steps", 2, "--run-dir", tmp_path / "run")
-    assert run("--resume", tmp_path / "run" / "checkpoint.pt", "--steps", 3) == 0
+    assert run("--resume", tmp_path / "run" / "checkpoint.safetensors", "--steps", 3) == 0
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -228,7 +229,9 @@ def test_a_resumed_run_keeps_its_settings(tiny_run):
 
 def test_a_resumed_run_keeps_its_data(tiny_run, images, tmp_path):
     state = checkpoint.load(tiny_run)
-    checkpoint.save(tmp_path / "checkpoint.pt", {**state, "data": "something else", "fingerprint": "another"})
+    tensors = {name: state.pop(name) for name in ("model", "ema", "optimizers")}
+    changed = {**state, "data": "something else", "fingerprint": "another"}
+    checkpoint.save(tmp_path / "checkpoint.safetensors", changed, tensors)
     with pytest.raises(UsageError, match="began with something else, and here are 60 images .*, with other images"):
         run("--resume", tmp_path, "--steps", 30)
 
@@ -276,7 +279,7 @@ def test_guidance_of_ones_own_is_kept_with_the_weights(tiny_run, images, tmp_pat
     assert checkpoint.load(tiny_run)["guidance"] == 2.0
     own = ["--guidance", 1.5, 200, 900]
     run("--dataset", images, *TINY, "--steps", 2, *own, "--run-dir", tmp_path / "run")
-    for name in ("checkpoint.pt", "weights.safetensors"):
+    for name in ("checkpoint.safetensors", "weights.safetensors"):
         state = checkpoint.load(tmp_path / "run" / name)
         assert (state["guidance"], state["guidance_interval"]) == (1.5, [200, 900])
     with pytest.raises(UsageError, match="--guidance is -5: use 0"):
@@ -303,7 +306,8 @@ def test_training_learns_the_classes(images, tmp_path):
     """Dark, grey and light images: after some hundred steps the samples of each class have its brightness."""
     arguments = ["--dataset", images, *TINY, "--batch-size", 32, "--steps", 150, "--save-every", 1000]
     assert run(*arguments, "--run-dir", tmp_path / "run") == 0
-    model, diffusion, _ = checkpoint.build(checkpoint.load(tmp_path / "run"))
+    trained_run = checkpoint.load_model(tmp_path / "run")
+    model, diffusion = trained_run.model, trained_run.diffusion
     out = trained(model, diffusion).sample(torch.tensor([0, 1, 2]).repeat_interleave(8), 24, steps=10)
     brightness = (out.view(3, -1).mean(1) + 1) * 127.5
     assert brightness.tolist() == pytest.approx([20, 100, 180], abs=20)
@@ -340,7 +344,7 @@ def test_a_run_leaves_all_its_files(tiny_run):
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
     assert names - events == {
-        ".lock", "checkpoint.pt", "weights.safetensors", "log.jsonl", "loss.png",
+        ".lock", "checkpoint.safetensors", "weights.safetensors", "settings.json", "log.jsonl", "loss.png",
         "samples/step_0000010.png", "samples/step_0000020.png",
     }
     assert len(losses(tiny_run)) == 20
@@ -385,7 +389,7 @@ def test_a_run_is_not_resumed_on_other_classes_or_images(images, tmp_path, chang
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     assert run("--dataset", folder, *TINY, "--steps", 2, "--run-dir", tmp_path / "run") == 0
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
     if change == "rename":
         (folder / "dark").rename(folder / "zebra")
     elif change == "move":
@@ -395,7 +399,7 @@ def test_a_run_is_not_resumed_on_other_classes_or_images(images, tmp_path, chang
         shutil.copy(folder / "dark" / "1.png", folder / "dark" / "0.png")
     with pytest.raises(UsageError, match="with other images, labels or classes: give it the data that it began with"):
         run("--resume", tmp_path / "run", "--steps", 3)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------------- minutes
@@ -411,7 +415,7 @@ def clock(monkeypatch):
         return step(self, number, *batch)
 
     monkeypatch.setattr(Trainer, "step", timed)
-    monkeypatch.setattr("run.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("runlog.time.perf_counter", lambda: now[0])
     return slow
 
 
