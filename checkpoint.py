@@ -278,9 +278,10 @@ class WithoutRandomNumbers(TorchFunctionMode):
     """Inside, no tensor gets random numbers. On `meta`, PyTorch would import its compiler first."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if args and func in (init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tensor]) -> None:
