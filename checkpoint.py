@@ -274,13 +274,16 @@ def check(state: dict) -> None:
         raise ValueError(f"its classes are not {number} names")
 
 
-class WithoutRandomNumbers(TorchFunctionMode):
-    """Inside, no tensor gets random numbers. On `meta`, PyTorch would import its compiler first."""
+class OnlyShapes(TorchFunctionMode):
+    """Inside, with the device `meta`, tensors have shapes and no values. For these functions alone PyTorch would import
+    its compiler, which takes seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_):
             return args[0] if args else kwargs["tensor"]
+        if func is torch.arange and all(type(value) is int for value in args):
+            return torch.empty(len(range(*args)), dtype=kwargs.get("dtype", torch.long))
         return func(*args, **kwargs)
 
 
@@ -289,7 +292,7 @@ def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tens
 
     The network is built on the device `meta`, where tensors have shapes and no memory.
     """
-    with torch.device("meta"), WithoutRandomNumbers():
+    with torch.device("meta"), OnlyShapes():
         expected = network(config).state_dict()
     for name in sorted(expected.keys() ^ weights.keys()):
         raise ValueError(f"{name} is {'missing' if name in expected else 'not a part of the network'}")

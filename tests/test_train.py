@@ -426,7 +426,7 @@ def test_minutes_become_steps_whatever_one_slow_moment(images, tmp_path, clock, 
     clock.update({3: 2.0, 23: 5.0})  # compiling, and another program
     assert run(*arguments, "--run-dir", tmp_path / "run") == 0
     assert len(losses(tmp_path / "run")) == 340  # 0.2 * 60 * 0.85 / 0.03
-    settings = checkpoint.load(tmp_path / "run")["args"]
+    settings = checkpoint.load(tmp_path / "run")["settings"]
     assert (settings["steps"], settings["minutes"]) == (340, None)
     with pytest.raises(UsageError, match="a run that is resumed takes --steps"):
         run("--resume", tmp_path / "run", "--minutes", 1)
