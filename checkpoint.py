@@ -49,6 +49,7 @@ RUN_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "weights.safetensors"  # of a
 MAX_STEPS = 2**31     # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
 MAX_TIMESTEPS = 100_000
 MAX_DEPTH = 256       # blocks take a while to build, even without memory
+MAX_POSITIONS = 2**24 # numbers of the table of positions, unless a file is larger
 MAX_HEADER = 2**22    # bytes of a file before its weights; names and numbers take some 100 a tensor
 
 
@@ -275,16 +276,15 @@ def check(state: dict) -> None:
 
 
 class OnlyShapes(TorchFunctionMode):
-    """Inside, with the device `meta`, tensors have shapes and no values. For these functions alone PyTorch would import
-    its compiler, which takes seconds."""
+    """Inside, with the device `meta`, weights have shapes and no memory. For random and counted numbers on `meta`,
+    PyTorch would import its compiler, which takes seconds: the former are left out, and the latter counted on the CPU.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_):
             return args[0] if args else kwargs["tensor"]
-        if func is torch.arange and all(type(value) is int for value in args):
-            return torch.empty(len(range(*args)), dtype=kwargs.get("dtype", torch.long))
-        return func(*args, **kwargs)
+        return func(*args, **kwargs | (dict(device="cpu") if func is torch.arange else {}))
 
 
 def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tensor]) -> None:
@@ -292,6 +292,9 @@ def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tens
 
     The network is built on the device `meta`, where tensors have shapes and no memory.
     """
+    numbers = (config.image_size // config.patch_size) ** 2 * config.hidden_size  # of all tokens, as of the positions
+    if numbers > max(MAX_POSITIONS, sum(value.numel() for value in weights.values())):
+        raise ValueError("its tokens are larger than its weights")
     with torch.device("meta"), OnlyShapes():
         expected = network(config).state_dict()
     for name in sorted(expected.keys() ^ weights.keys()):
