@@ -49,7 +49,7 @@ RUN_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "weights.safetensors"  # of a
 MAX_STEPS = 2**31     # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
 MAX_TIMESTEPS = 100_000
 MAX_DEPTH = 256       # blocks take a while to build, even without memory
-MAX_POSITIONS = 2**24 # numbers of the table of positions, unless a file is larger
+MAX_POSITIONS = 2**24  # numbers of the table of positions, unless a file is larger
 MAX_HEADER = 2**22    # bytes of a file before its weights; names and numbers take some 100 a tensor
 
 

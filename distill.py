@@ -3,6 +3,7 @@
     python distill.py                                        the bundled weights
     python distill.py runs/mnist-1
     python distill.py --resume runs/mnist-2
+    python distill.py runs/mnist-3 --student runs/mnist-2 --steps 500    a better teacher for distilled weights
 
 A shortcut model learns from itself: one step should arrive where two of half the size do (arXiv 2410.12557, Eq. 4). In
 the paper the smallest steps are learned from data in the same training. Here a trained network, the teacher, says where
@@ -16,6 +17,7 @@ the last step of such a path is trained. It begins where the student's own earli
 it does when the student is sampled from (DMD2, section 4.5). A real image with noise would be another beginning.
 """
 
+import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -181,16 +183,20 @@ def matching_loss(
 class DistillTrainer(Trainer):
     """A student in training, and later the network `fake` beside it. They begin as copies of the teacher.
 
-    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch is for that
-    and the other half for samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
-    own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2).
+    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, or at once where it begins
+    with distilled weights, half of each batch is for that and the other half for samples that are matched. Before each
+    of these steps, `fake` takes FAKE_UPDATES steps of its own, with fresh samples, so that it keeps up with the student
+    (the two time scales of DMD2, section 4.2).
     """
 
     network = ShortcutDiT
     step_time = 1.9
 
-    def __init__(self, teacher: TrainedModel, args, device: torch.device, state: dict | None = None):
-        self.teacher = teacher
+    def __init__(
+        self, teacher: TrainedModel, args: argparse.Namespace, device: torch.device, state: dict | None = None,
+        student: ShortcutModel | None = None,
+    ):
+        self.teacher, self.student = teacher, student
         super().__init__(teacher.model.config, args, device, state)
 
     def make_networks(self) -> None:
@@ -200,8 +206,10 @@ class DistillTrainer(Trainer):
         self.teacher_guidance = guidance_settings(self.args.guidance, self.diffusion.T)
         self.model = ShortcutDiT(self.config).to(self.device)
         self.model.load_state_dict(teacher.state_dict(), strict=False)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.fake = copy.deepcopy(self.model)
+        if self.student:
+            self.model.load_state_dict(self.student.model.state_dict())
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.ddp_fake = distributed(self.fake)
         self.optimizers = make_optimizers(self.model, self.args)
         self.fake_optimizers = make_optimizers(self.fake, self.args)
@@ -215,7 +223,7 @@ class DistillTrainer(Trainer):
         `fake` the same as fake_t (n, updates) and fake_eps, and path_eps, from which its samples are made.
         """
         n, T, generator = self.args.batch_size, self.diffusion.T, seeded(self.args.seed, FIRST_INDEX + step)
-        matching = self.args.steps is not None and step >= MATCHING_BEGINS * self.args.steps
+        matching = bool(self.args.student) or bool(self.args.steps) and step >= MATCHING_BEGINS * self.args.steps
         cycle = STEP_COUNT_CYCLE[2:] if matching else STEP_COUNT_CYCLE  # while there is matching, not the whole path
         random = dict(spans=sample_spans(n, T, cycle, generator), counts=torch.zeros(n, dtype=torch.long))
         if matching:
@@ -336,6 +344,8 @@ def build_parser() -> Parser:
     flag = parser.group("distillation")
     flag("checkpoint", str(BUNDLED_WEIGHTS), "what to distill, a file or the folder of a run (default: the bundled "
          "weights)", nargs="?")
+    flag("--student", None, "distilled weights to begin with, of a network of the same shape; then samples are matched "
+         "from the first step (default: the student begins as its teacher)")
     flag("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: that of the weights)",
          type=float, nargs="+", metavar="W")
     add_training_flags(parser)
@@ -360,6 +370,17 @@ def load_teacher(run: RunDir) -> TrainedModel:
     return teacher
 
 
+def load_student(run: RunDir, teacher: TrainedModel) -> ShortcutModel | None:
+    """The weights to begin with, if --student names some. Raises UsageError, CheckpointError."""
+    source = run.args.student
+    if not source or run.state:
+        return None
+    student = checkpoint.load_model(source, run.device)
+    if not isinstance(student, ShortcutModel) or student.model.config != teacher.model.config:
+        raise UsageError(f"{source} was not distilled from a network of this shape: leave --student out")
+    return student
+
+
 def main(argv: list[str] | None = None) -> int:
     """Distill as the command line says. Returns the exit status.
 
@@ -368,6 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     run = RunDir(build_parser(), argv, MAY_CHANGE - {"guidance"})
     args = run.args
     teacher = load_teacher(run)
+    student = load_student(run, teacher)
     config, about = teacher.model.config, teacher.description
     args.guidance = args.guidance or [about["guidance"], *(about["guidance_interval"] or ())]
     with usage():
@@ -377,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     if (config.in_channels, config.image_size, about["classes"]) != (C, S, list(data.classes)):
         trained = f"{args.checkpoint} was trained on {about['data']}, and these are {data.source}"
         raise UsageError(f"{trained}, of other classes or size: give its --dataset")
-    trainer = DistillTrainer(teacher, args, run.device, run.state)
+    trainer = DistillTrainer(teacher, args, run.device, run.state, student)
     return train(trainer, run, data, f"{args.checkpoint}, distilled")
 
 
