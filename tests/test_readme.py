@@ -24,7 +24,7 @@ import train
 from conftest import ROOT
 from sampling import TrainedModel
 
-PAGES = ("README", "docs/tutorial", "docs/recipes", "docs/guarantees")  # which are also in Chinese
+PAGES = ("README", "docs/tutorial", "docs/how-to", "docs/guarantees")  # which are also in Chinese
 FRONT = (ROOT / "README.md").read_text()
 README = "\n".join((ROOT / f"{page}.md").read_text() for page in PAGES)
 COMMANDS = [
@@ -40,6 +40,7 @@ FEWER = {
     "inference.py": "--steps 3 --device cpu",
     "evaluate.py": "--count 20 --device cpu",
     "distill.py": "--steps 2 --batch-size 10 --no-compile --device cpu",
+    "tools/sample_npz.py": "",
     "tools/sweep.py": "",
     "tools/benchmark.py": "",
     "tools/train_classifier.py": "",
@@ -75,7 +76,7 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
     for command in COMMANDS:
         script = next((i for i, word in enumerate(command) if word in FEWER), None)
         if script is None:
-            assert command[0] in ("python3", ".venv/bin/pip") or "pytest" in command, command
+            assert command[0] in ("git", "cd", "python3", ".venv/bin/pip") or "pytest" in command, command
             continue
         name, arguments = command[script], command[script + 1 :]
         fewer = FEWER[name].split()
@@ -86,8 +87,6 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
         if "--resume" in arguments:
             resumed += 1
             fewer = ["--steps", str(2 + resumed)]
-        if "--npz" in arguments and name == "inference.py":
-            fewer += ["--count", "25"]
         print(*command)
         # These take minutes even so: test_tools and test_figures run them.
         if name.startswith("tools/"):
@@ -195,8 +194,32 @@ def test_links_lead_to_a_heading_or_a_file():
                 assert not anchor or anchor in anchors(path), (page, target)
 
 
-def test_the_readme_is_read_in_ten_minutes():
-    assert len(FRONT.split()) <= 2500
+def test_the_use_from_python_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```py\n(.*?)```", FRONT, re.DOTALL)
+    exec(code, {})
+    assert Image.open("digits.png").size[0] > 5 * 28
+
+
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+
+
+def test_readme_and_core_are_short():
+    core, further = TUTORIAL.split("\n## Further\n")
+    assert len(FRONT.split()) <= 1400
+    assert len(core.split()) <= 3500
+    assert further
+
+
+def test_each_chapter_begins_with_what_it_needs_and_ends_with_a_question_that_is_answered():
+    lessons, rest = TUTORIAL.split("\n## Answers\n")
+    chapters = re.findall(r"^### (?:\d\. )?(.*?)\n(.*?)(?=^##|\Z)", lessons, re.DOTALL | re.MULTILINE)
+    assert len(chapters) == 14
+    assert [name for name, _ in chapters] == re.findall(r"^- \*(.*?)\.?\*", rest.split("\n## ")[0], re.MULTILINE)
+    for name, text in chapters:
+        first, *_, last = [part for part in text.split("\n\n") if part.strip()]
+        assert first.strip().startswith("*Needs: "), name
+        assert last.strip().startswith("*Question: "), name
 
 
 @pytest.mark.parametrize("page", PAGES)
