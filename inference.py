@@ -30,6 +30,7 @@ import cli
 import dataset
 from cli import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, RANK, WORLD, Parser, UsageError, number, output_path, run_script
 from distill import STEP_COUNTS, ShortcutDiT, ShortcutModel
+from folders import read_image
 from latents import Autoencoder
 from run import RUNS
 from sampling import TrainedModel, crossfade, grid, image_noise, slerp, to_uint8
@@ -218,7 +219,7 @@ def save_arrays(args: argparse.Namespace, trained: TrainedModel, labels: Tensor)
 def read_half(half: str, path: str, trained: TrainedModel) -> tuple[Tensor, Tensor]:
     """A file's image, and a mask that is True in the half to keep: `inpaint` of TrainedModel. Raises DataError."""
     C, S, _ = trained.shape
-    image = dataset.to_float(dataset.read_image(Path(path), "L" if C == 1 else "RGB", S))[None]
+    image = dataset.to_float(read_image(Path(path), "L" if C == 1 else "RGB", S))[None]
     first = torch.arange(S) < S // 2
     masks = {"left": first, "right": ~first, "top": first[:, None], "bottom": ~first[:, None]}
     return image.to(trained.device), masks[half].expand(1, 1, S, S).to(trained.device)
