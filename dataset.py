@@ -1,14 +1,11 @@
 """Images as one uint8 tensor with their labels, and endless batches of them. This file does not know the network.
 
-MNIST and its relatives come through torchvision. Any other data set is a folder:
-
-    FOLDER/class-a/1.png, FOLDER/class-b/2.png ...     a folder for each class, in the order a, b ... or 1, 2 ... 10
-    FOLDER/1.png, FOLDER/2.png ...                     no classes: for an unconditional model
+MNIST and its relatives come through torchvision. Any other data set is a folder of images, with a folder for each class
+or without classes: see folders.py, which reads it.
 
 Pixels are stored as 0 ... 255. The network sees them as -1 ... 1. (For latents in place of pixels, see latents.py.)
 """
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -18,7 +15,8 @@ import unicodedata
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -26,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.contrib.concurrent import thread_map
+
+from folders import DataError, image_files, read_files, survey
 
 # The class of each data set in torchvision.datasets.
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10"}
@@ -39,17 +37,10 @@ MNIST_MD5 = (
     "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
     "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
 )
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FOLDER_IMAGE_SIZE = 32     # pixels of a folder's images, where no other size is asked for
 MEMORY_LIMIT = 4 * 2**30   # bytes of pixels
 RESIZE_AT_ONCE = 2**24     # bytes of pixels, which take several times as much while they are resized
 DOWNLOAD_TIMEOUT = 20      # seconds without an answer
-
-
-class DataError(Exception):
-    """The data cannot be had. The message is one line that names the fix."""
-
-    exit_status = 2
 
 
 @dataclass
@@ -61,6 +52,18 @@ class Images:
     classes: tuple[str, ...]  # the names of the classes, () for none
     source: str               # where the images come from, in words
     name: str = ""            # the name under which `load` found them, "" for a folder
+    note: str = ""            # how their files were read, where that needs saying
+
+    @property
+    def summary(self) -> str:
+        """In words: the source, the number of classes, of images in the smallest and the largest, the first names."""
+        about, n = "no classes", len(self.classes)
+        if n:
+            counts = self.labels.bincount(minlength=n)
+            sizes = " to ".join(f"{count:,}" for count in sorted({counts.min().item(), counts.max().item()}))
+            names = ", ".join(self.classes[:5]) + (" ..." if n > 5 else "")
+            about = f"{n:,} class{'es' if n > 1 else ''} of {sizes} image{'' if sizes == '1' else 's'}: {names}"
+        return f"{self.source} ({about}{'; ' if self.note else ''}{self.note})"
 
     def fingerprint(self) -> str:
         """A hash of everything that training sees of the images: pixels, labels and the names of the classes."""
@@ -161,10 +164,35 @@ def check_idx_files(folder: Path, name: str) -> None:
             raise ValueError(f"{folder / file} is corrupt or incomplete, delete it")
 
 
+def free_memory(meminfo: str = "/proc/meminfo", limit: str = "/sys/fs/cgroup/memory.max") -> float:
+    """Bytes of memory that a process can still get, infinity where the system does not tell (only Linux does).
+
+    What the disk cache holds counts as free, since the kernel gives it up; os.sysconf does not know its size.
+    """
+    try:
+        lines = dict(line.split(":") for line in Path(meminfo).read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, LookupError, ValueError):
+        return math.inf
+    with suppress(OSError, ValueError):  # where there is no limit for this container, the file says "max"
+        free = min(free, int(Path(limit).read_text()))
+    return free
+
+
+def check_free(needed: float, what: str, fix: str) -> None:
+    """Raises DataError where `what` takes more bytes of memory than are free, since Linux kills a process that writes
+    to more than there is, without a word.
+    """
+    free = free_memory()
+    if needed > free:
+        raise DataError(f"{what} would take {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free: {fix}")
+
+
 def check_memory(source: str, n: int, channels: int, size: int) -> None:
-    """Raises DataError where n images of `size` pixels do not fit in memory."""
-    if n * channels * size**2 > MEMORY_LIMIT:
-        largest = int((MEMORY_LIMIT / (n * channels)) ** 0.5)
+    """Raises DataError where n images of `size` pixels are more than MEMORY_LIMIT, or than what is free."""
+    limit = min(MEMORY_LIMIT, free_memory())
+    if n * channels * size**2 > limit:
+        largest = int((limit / (n * channels)) ** 0.5)
         raise DataError(f"{source} of {size} pixels do not fit in memory: use --image-size {largest} or less")
 
 
@@ -176,104 +204,48 @@ def resized(images: Images, size: int | None) -> Images:
     check_memory(images.source, n, channels, size)
     at_once = max(1, RESIZE_AT_ONCE // (channels * size**2))
     resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-    parts = [resize(part.float()).round().clamp(0, 255).byte() for part in images.pixels.split(at_once)]
-    images.pixels = torch.cat(parts)
+    pixels = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    for old, new in zip(images.pixels.split(at_once), pixels.split(at_once), strict=True):
+        new.copy_(resize(old.float()).round().clamp(0, 255))
+    images.pixels = pixels
     return images
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
-
-
 def from_folder(root: Path, size: int) -> Images:
-    """The images below a folder, see the top of this file: resized on the shorter side and cropped at the centre.
+    """The images of a folder, see folders.py: resized on the shorter side and cropped at the centre.
 
-    They have one channel if all of them are grey, else three. Files and folders whose names begin with a dot are
-    skipped. Raises DataError.
+    They have one channel if all of them are grey, else three. Raises DataError.
     """
-    classes = class_folders(root)
-    pattern = "**/*" if classes else "*"
-    files = [(path, label) for label, name in enumerate(classes or [""]) for path in image_files(root / name, pattern)]
-    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    for label, name in enumerate(classes or [""]):
-        if label not in labels:
-            raise DataError(f"{root / name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): put some in")
+    paths, labels, names = image_files(root)
+    source = f"{len(paths):,} images of {root.resolve().name}"
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF tags
-        pixels = read_files(files, f"{len(files):,} images of {root.resolve().name}", size)
-    names = tuple(unicodedata.normalize("NFC", name) for name in classes)  # macOS writes é as e and an accent
-    return Images(pixels, labels, names, f"{len(files):,} images of {root.resolve().name}")
+        grey_files, bits = survey(paths)
+        mode = "L" if grey_files else "RGB"
+        check_memory(source, len(paths), len(mode), size)
+        pixels = read_files(paths, mode, size, bits)
+    classes = tuple(unicodedata.normalize("NFC", name) for name in names)  # macOS writes é as e and an accent
+    note = f"{bits} of the 16 bits of their files are used" if bits else ""
+    return Images(pixels, torch.tensor(labels), classes, source, note=note)
 
 
-def read_files(files: list[tuple[Path, int]], source: str, size: int) -> Tensor:
-    """Image files as pixels, uint8 (N, C, size, size). Raises DataError."""
-    mode = "L" if all(is_grey(path) for path, _ in files) else "RGB"
-    check_memory(source, len(files), len(mode), size)
+def hold_out(images: Images, every: int = 20) -> tuple[Images, Images]:
+    """(train, held_out): one image in `every` of each class is kept from training, so that overfitting can be seen.
 
-    read, paths = partial(read_image, mode=mode, size=size), [path for path, _ in files]
-    # Threads are enough, since decoding releases Python's lock.
-    return torch.stack(thread_map(read, paths, desc=f"reading {source}", unit="image", leave=False, disable=None))
-
-
-def class_folders(root: Path) -> list[str]:
-    """The names of the class folders, [] for a folder that holds images itself. Raises DataError for a mixture."""
-    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-    names = sorted((entry.name for entry in entries if entry.is_dir()), key=natural)
-    names = [name for name in names if not name.startswith("__")]  # macOS and Python leave such folders
-    if names and any(entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
-        raise DataError(f"{root} holds both images and folders: keep a folder for each class, or only images")
-    return names
-
-
-def natural(name: str) -> list:
-    """A key that sorts "2" before "10"."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def image_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files below a folder. Links to folders are not followed, since they may loop."""
-    found = []
-    for path in sorted(folder.glob(pattern)):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
-            found.append(path)
-    return found
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, to be read inside. Raises DataError, naming the file, where it is broken."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {path} ({error}): delete or replace it") from error
-
-
-def is_grey(path: Path) -> bool:
-    with opened(path) as image:
-        return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
-
-
-def read_image(path: Path, mode: str, size: int) -> Tensor:
-    """An image file as it should be seen, uint8 (C, size, size): upright, 8 bits, on white where it is transparent,
-    resized on the shorter side and cropped at the centre.
-
-    mode: L for grey, RGB for colour. 16 bits are scaled to 8; 32 bits are refused, since nothing says which of
-    their values is white. Raises DataError.
+    These are the images in the middle of each `every` of a class, in the order of their files. A class of every / 2
+    images or fewer keeps them all, so held_out may be empty. No second copy is made of the training images: they move
+    together in the memory of `images`, which must not be used any more.
     """
-    with opened(path) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError("pixels of 32 bits: save it with 8 or 16 bits")
-        image.load()
-        with contextlib.suppress(Exception):  # a damaged EXIF tag says nothing of the pixels
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB").convert(mode)
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
+    held = torch.zeros(len(images.labels), dtype=torch.bool)
+    for label in images.labels.unique():
+        held[(images.labels == label).nonzero()[every // 2 :: every]] = True
+    kept = (~held).nonzero().flatten()
+    held_out = replace(images, pixels=images.pixels[held], labels=images.labels[held])
+    train = replace(images, pixels=images.pixels[: len(kept)], labels=images.labels[kept])
+    for place, index in zip(train.pixels.split(100), kept.split(100), strict=True):
+        place.copy_(images.pixels[index])  # no image lies before its new place, so none is overwritten too early
+    for part in (train, held_out):
+        part.source = f"{len(part.labels):,} of {images.source}"
+    return train, held_out
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -297,16 +269,29 @@ def index_batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Te
 
 def batches(
     data: Images, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", flip: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches (images float32 (b, C, S, S) in -1 ... 1, labels int64 (b,)), from step `start` on.
 
     batch_size counts the images of all processes together. Process number `rank` of `world` gets the rank-th part of
-    each batch, so b = batch_size / world.
+    each batch, so b = batch_size / world. flip: mirror each image left to right with a probability of 1/2, which
+    depends only on the seed and the step.
     """
     local = slice(batch_size // world * rank, batch_size // world * (rank + 1))
     pixels, labels = data.pixels.to(device), data.labels.to(device)
     cuda = pixels.device.type == "cuda"
-    for index in index_batches(len(data.labels), batch_size, seed, start):
+    for step, index in enumerate(index_batches(len(data.labels), batch_size, seed, start), start):
         index = index[local].to(device, non_blocking=cuda)  # without waiting for what the GPU still has to do
-        yield to_float(pixels[index]), labels[index]
+        x = to_float(pixels[index])
+        if flip:
+            mirrored = coins(batch_size, seed, step)[local].to(device, non_blocking=cuda)
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        yield x, labels[index]
+
+
+def coins(n: int, seed: int, step: int) -> Tensor:
+    """n times True or False (n,), each with probability 1/2. The complement `~` sets their generators apart from those
+    of index_batches.
+    """
+    generator = torch.Generator().manual_seed(~(seed * 1_000_003 + step) % 2**32)
+    return torch.rand(n, generator=generator) < 0.5

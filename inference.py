@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dataset
+import folders
 from checkpoint import write_whole
 from cli import RANK, Parser, UsageError, number, output_path, run_script
 from model_flags import add_model_flags, open_model, parse_labels
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_image(path: str, trained: TrainedModel) -> Tensor:
     """An image file as the network knows images, (1, C, S, S) in [-1, 1]. Raises DataError."""
     C, S, _ = trained.shape
-    return dataset.to_float(dataset.read_image(Path(path), "L" if C == 1 else "RGB", S))[None].to(trained.device)
+    return dataset.to_float(folders.read_image(Path(path), "L" if C == 1 else "RGB", S))[None].to(trained.device)
 
 
 def half_mask(half: str, S: int) -> Tensor:

@@ -230,7 +230,7 @@ def announcement(trainer: Trainer, run: RunDir, data: Images, what: str) -> str:
     length = f"{args.steps - run.step:,} steps" if args.steps else f"about {args.minutes:g} min"
     return (
         f"{what}, {parameters:.1f} M parameters; {process['schedule']} {process['prediction']}, {args.optimizer}; "
-        f"{length} of {args.batch_size} images from {data.source}; {trainer.device.type}, {args.precision}, "
+        f"{length} of {args.batch_size} images from {data.summary}; {trainer.device.type}, {args.precision}, "
         f"{'compiled' if trainer.compiled else 'eager'}"
     )
 

@@ -285,7 +285,7 @@ def test_no_wrong_run_is_resumed(good, tmp_path, capsys):
         torch.save(case, tmp_path / "checkpoint.pt")
         content = (tmp_path / "checkpoint.pt").read_bytes()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dataset.thread_map", lambda work, items, **_: [work(item) for item in items])
+            patch.setattr("folders.thread_map", lambda work, items, **_: [work(item) for item in items])
             refused(lambda: train.main(["--resume", str(tmp_path), "--steps", "5", "--device", "cpu"]), capsys)
         assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", ".lock"}
         assert content == (tmp_path / "checkpoint.pt").read_bytes()

@@ -78,11 +78,11 @@ def test_an_encoding_that_was_stopped_continues(encoded, vae, images, tmp_path, 
              "--batch-size", "25", "--device", "cpu"]
     calls, read = [], encode.read_images
 
-    def stopped(paths, size):
+    def stopped(paths, *options):
         calls.append(len(paths))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return read(paths, size)
+        return read(paths, *options)
 
     monkeypatch.setattr(encode, "read_images", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 from cli import Parser, UsageError, number, output_path, pick_device, run_script  # noqa: E402
-from dataset import DataError, class_folders, image_files, read_image, to_float  # noqa: E402
+from dataset import to_float  # noqa: E402
+from folders import image_files, read_image, survey  # noqa: E402
 from latents import Autoencoder  # noqa: E402
 from sampling import image_noise  # noqa: E402
 
@@ -38,9 +39,9 @@ def parse_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-def read_images(paths: list[Path], size: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [-1, 1]. Raises DataError."""
-    return to_float(torch.stack([read_image(path, "RGB", size) for path in paths]))
+def read_images(paths: list[Path], size: int, bits: int | None) -> torch.Tensor:
+    """Images (n, 3, size, size) in [-1, 1]. bits: see read_image. Raises DataError."""
+    return to_float(torch.stack([read_image(path, "RGB", size, bits) for path in paths]))
 
 
 def write_npz(path: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray, classes: list[str]) -> None:
@@ -63,11 +64,8 @@ def encode(args) -> Path:
     """Encode what the command line asks for. Returns the path of the file. Raises UsageError, DataError."""
     if not args.folder.is_dir():
         raise UsageError(f"no folder {args.folder}: give a folder of images")
-    classes = class_folders(args.folder)
-    files = [(path, label) for label, name in enumerate(classes) for path in image_files(args.folder / name, "**/*")]
-    files = files if classes else [(path, 0) for path in image_files(args.folder, "*")]
-    if not files:
-        raise DataError(f"{args.folder} holds no images: name another folder")
+    files, labels, classes = image_files(args.folder)
+    _, bits = survey(files)
     path = output_path(args.output, "latents.npz")
     autoencoder = Autoencoder(args.vae, pick_device(args.device))
     size = args.image_size // autoencoder.factor
@@ -76,7 +74,7 @@ def encode(args) -> Path:
                          f"use {max(size, 1) * autoencoder.factor}")
     shape = (autoencoder.channels, size, size)
     folder = path.with_name(path.name + ".parts")
-    names = hashlib.sha256(json.dumps([str(file) for file, _ in files]).encode()).hexdigest()
+    names = hashlib.sha256(json.dumps([str(file) for file in files]).encode()).hexdigest()
     about = json.dumps([names, args.vae, args.image_size, args.batch_size, args.seed]).encode()
     if folder.exists() and (folder / "about.json").read_bytes() != about:
         raise UsageError(f"{folder} is of another command: remove it, or name another --output")
@@ -87,10 +85,10 @@ def encode(args) -> Path:
         indices = range(first, min(first + args.batch_size, len(files)))
         parts.append(folder / f"{first:09d}.npy")
         if not parts[-1].exists():
-            images = read_images([files[i][0] for i in indices], args.image_size)
+            images = read_images([files[i] for i in indices], args.image_size, bits)
             latents = autoencoder.encode(images, image_noise(args.seed, indices, shape, "cpu")()).numpy()
             checkpoint.write_whole(parts[-1], lambda file, latents=latents: np.save(file, latents))
-    write_npz(path, parts, shape, np.array([label for _, label in files]), classes)
+    write_npz(path, parts, shape, np.array(labels), classes)
     shutil.rmtree(folder)
     return path
 
