@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UsageError
 from dataset import DataError, Images, read_npz
 
 MAX_CLASSES = 100_000  # where a file has no names for its labels
@@ -27,21 +26,21 @@ class Autoencoder:
 
     source: the folder or the name at Hugging Face from which diffusers loads it
 
-    Raises UsageError where diffusers or the autoencoder is missing.
+    Raises DataError where diffusers or the autoencoder is missing.
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu"):
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
-            raise UsageError("--vae needs the package diffusers: pip install diffusers") from error
+            raise DataError("--vae needs the package diffusers: pip install diffusers") from error
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each of several attempts
         try:
             with warnings.catch_warnings(action="ignore"):
                 self.vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False).to(device).eval()
         except Exception as error:  # whatever diffusers finds wrong with a file or with the network connection
             reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
-            raise UsageError(f"cannot load the autoencoder {source} ({reason}): name another by --vae") from error
+            raise DataError(f"cannot load the autoencoder {source} ({reason}): name another by --vae") from error
         self.device, config = device, self.vae.config
         self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
@@ -57,10 +56,10 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (n, C, S, S) -> images (n, 3, H, W), on the CPU, in [-1, 1]. Raises UsageError for another C."""
+        """Latents (n, C, S, S) -> images (n, 3, H, W), on the CPU, in [-1, 1]. Raises DataError for another C."""
         if latents.shape[1] != self.channels:
-            raise UsageError(f"these latents have {latents.shape[1]} channels, and those of --vae {self.channels}: "
-                             "use the autoencoder with which they were encoded")
+            raise DataError(f"these latents have {latents.shape[1]} channels, and those of --vae {self.channels}: "
+                            "use the autoencoder with which they were encoded")
         parts = [part.to(self.device) / self.scale + self.shift for part in latents.split(AT_ONCE)]
         return torch.cat([self.vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
 
