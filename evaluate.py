@@ -1,17 +1,20 @@
-"""Measure generated digits: how many show what their label says, and how far their distribution is from real ones.
+"""Measure generated images: how many show what their label says, and how far their distribution is from real ones.
 
-    python evaluate.py                                       the newest run or the bundled weights, 10,000 images
+    python evaluate.py                                       the newest run or the bundled weights, 10,000 digits
     python evaluate.py --checkpoint runs/mnist-1 --count 5000
-    python evaluate.py --npz samples.npz                     images of any other model
-    python evaluate.py --also memorization                   what needs MNIST on the disk
+    python evaluate.py --checkpoint runs/my-images-1 --dataset my-images
+    python evaluate.py --npz samples.npz                     digits of any other model; with --dataset, other images
+    python evaluate.py --also memorization                   what needs the training images, also for MNIST
 
-This is the command line. The measures are explained at the top of metrics.py. Neither MNIST nor a network connection is
-needed, because assets/ holds the features of real images. tools/sweep.py measures at several numbers of steps.
+This is the command line. The measures are explained at the top of metrics.py. For MNIST neither the data nor a network
+connection is needed, because assets/ holds the features of real images. For another data set, the first call trains a
+classifier. tools/sweep.py measures at several numbers of steps.
 """
 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +23,37 @@ from torch import Tensor
 
 import checkpoint
 import dataset
+from classifier import MAX_COUNT, MIN_COUNT, DataReference
 from cli import Parser, UsageError, number, output_path, run_script
+from dataset import DATASETS, DIGITS, Images
 from metrics import Reference, Table, bits_per_dimension, labels_as_in, measure, memorization
 from model_flags import add_model_flags, open_model
 from sampling import TrainedModel, seeded, to_uint8
 
-MIN_COUNT, MAX_COUNT = 20, 10_000  # images that are compared; there are 10,000 real ones to compare with
+MNIST = (1, 28, 28)              # the shape of its images
+BUNDLED = ("mnist", "mnist-5000")  # the data sets whose reference is in assets/
 
 
 def add_measure_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("what to measure").add_argument
-    flag("--count", type=number(int, MIN_COUNT, MAX_COUNT), help=f"images (default: {MAX_COUNT})")
-    flag("--against", default="test", choices=["test", "held-out"],
-         help="real images to compare with; held-out: training images, for tuning (default: test)")
+    flag("--dataset", metavar="NAME", help=f"real images: {', '.join(DATASETS)}, mnist-5000, or a folder (default: "
+         "mnist, for what was trained on it)")
+    flag("--data-dir", default="data", help="where data sets are, or are downloaded to (default: data)")
+    flag("--count", type=number(int, MIN_COUNT, MAX_COUNT),
+         help=f"images (default: {MAX_COUNT}, or as many as there are real ones to compare with)")
+    flag("--against", choices=["test", "held-out"], help="real images to compare with; held-out: training images, for "
+         "tuning (default: test, or held-out where there are no test images)")
     flag("--output", type=Path, help="a new .json (default: a new name in outputs/)")
     add_model_flags(parser)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
-    parser = Parser("evaluate.py", "Measure the quality of generated MNIST digits.")
+    parser = Parser("evaluate.py", "Measure the quality of generated images.")
     flag = parser.add_argument_group("what else to measure").add_argument
     flag("--npz", type=Path, metavar="FILE", help="images from here: arr_0 (uint8, NHWC), and labels or arr_1")
     flag("--also", nargs="+", default=[], choices=["memorization", "bits"],
-         help="minutes more, with MNIST from --data-dir")
-    flag("--data-dir", default="data", help="where MNIST is (default: data)")
+         help="minutes more, with the training or test images themselves; MNIST must be in --data-dir")
     add_measure_flags(parser)
     args = parser.parse_args(argv)
     if args.npz and (args.checkpoint or args.model or args.steps or args.guidance or "bits" in args.also):
@@ -52,41 +61,128 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_npz(path: Path, count: int | None) -> tuple[Tensor, Tensor | None]:
-    """(images (N, 1, 28, 28), uint8, labels (N,) or None) of a file, N of them at random. Raises UsageError."""
+# ------------------------------------------------------------------------------------------------------ what to measure
+
+
+def read_npz(path: Path, any_shape: bool = False) -> tuple[Tensor, np.ndarray | None]:
+    """(images (N, C, S, S), uint8, labels or None) of a file, with labels as they are in it. Raises UsageError.
+
+    any_shape: square images, grey or in colour, not only those of MNIST's shape
+    """
     try:
         arrays = dataset.read_npz(path)
         images, labels = arrays["arr_0"], arrays.get("labels", arrays.get("arr_1"))
-        n, shape = images.shape[0], images.shape[1:]
+        _, H, W, C = images.shape if images.ndim != 3 else (*images.shape, 1)
     except Exception as error:  # a broken file can provoke any
         reason = " ".join(str(error).split())[:100]
         raise UsageError(f"cannot read {path} ({reason}): give an .npz as inference.py --npz writes it") from error
-    if images.dtype != np.uint8 or shape not in ((28, 28, 1), (28, 28)):
-        raise UsageError(f"arr_0 of {path} is {images.dtype} {images.shape}: give uint8 images (N, 28, 28, 1)")
-    if labels is not None and (labels.shape != (n,) or not np.isin(labels, range(10)).all()):
-        raise UsageError(f"the labels of {path} are not {n} digits 0 to 9: leave them out, or correct them")
+    fits = H == W > 0 and C in (1, 3) if any_shape else (C, H, W) == MNIST
+    if images.dtype != np.uint8 or not fits:
+        shape = "square images (N, S, S, 1 or 3)" if any_shape else "images (N, 28, 28, 1), or name others by --dataset"
+        raise UsageError(f"arr_0 of {path} is {images.dtype} {images.shape}: give uint8 {shape}")
+    images = torch.from_numpy(images).view(-1, H, W, C).permute(0, 3, 1, 2)
+    return images.clone(memory_format=torch.contiguous_format), labels
+
+
+def choose(
+    path: Path, images: Tensor, labels: np.ndarray | None, count: int | None, classes: tuple[str, ...] = DIGITS
+) -> tuple[Tensor, Tensor | None]:
+    """`count` images and labels (N,), or all up to MAX_COUNT, at random, of those that `read_npz` read of a file.
+
+    Raises UsageError where the labels are not numbers of these classes, and where there are fewer images.
+    """
+    n, K = len(images), len(classes)
+    if labels is not None and K and (labels.shape != (n,) or not np.isin(labels, range(K)).all()):
+        what = "digits" if classes == DIGITS else "numbers"
+        raise UsageError(f"the labels of {path} are not {n} {what} 0 to {K - 1}: leave them out, or correct them")
     if n < (count or MIN_COUNT):
         fix = f"give {count} or more, or lower --count" if count else f"give {MIN_COUNT} or more"
         raise UsageError(f"{path} holds {n} images: {fix}")
-    some = torch.randperm(n, generator=seeded(0, n))[: count or MAX_COUNT].numpy()  # whatever the order in the file
-    images = torch.from_numpy(images[some]).view(-1, 1, 28, 28)
-    return images, None if labels is None else torch.from_numpy(labels.astype(np.int64)[some])
+    some = torch.randperm(n, generator=seeded(0, n))[: count or MAX_COUNT]  # whatever the order in the file
+    return images[some], None if labels is None or not K else torch.from_numpy(labels.astype(np.int64))[some]
 
 
-def open_digits_model(args: argparse.Namespace) -> TrainedModel:
-    """The model to measure. Raises UsageError where it does not make digits."""
-    trained = open_model(args)
-    if trained.description["classes"] != list(dataset.DIGITS) or trained.shape != (1, 28, 28):
-        data = f"this model was trained on {trained.description['data']}"
-        raise UsageError(f"the classifier knows only digits of 28 x 28, and {data}: give a checkpoint of MNIST")
-    return trained
+def samples_shape(trained: TrainedModel) -> tuple[int, int, int]:
+    """The shape (C, S, S) of a model's images. Raises UsageError for latents without a decoder."""
+    if trained.autoencoder:
+        size = trained.shape[-1] * trained.autoencoder.factor
+        return 3, size, size
+    if not trained.is_image:
+        raise UsageError("this model makes latents: add --vae, and name the images that they are of by --dataset")
+    return trained.shape
 
 
-def sample_digits(trained: TrainedModel, labels: Tensor, batch_size: int, **options) -> tuple[Tensor, float]:
-    """(images (N, 1, 28, 28), uint8, seconds) of the labels (N,), see TrainedModel.sample."""
+def name_of_data(args: argparse.Namespace, description: dict | None) -> str:
+    """--dataset, or mnist where a model's description says that it was trained on it. Raises UsageError elsewhere.
+
+    description: None for images of unknown origin
+    """
+    if args.dataset or description is None:
+        return args.dataset or "mnist"
+    data = description["data"]
+    if tuple(description["classes"]) == DIGITS and "MNIST" in data.upper().split():
+        return "mnist"
+    raise UsageError(f"this model was trained on {data}, not on MNIST: name these images by --dataset FOLDER")
+
+
+def load_real(
+    args: argparse.Namespace, shape: tuple[int, int, int], description: dict | None = None
+) -> tuple[Images | None, Images | None]:
+    """(training images, test images) to measure samples of this shape (C, S, S) by, checked to fit them.
+
+    The first are None where those of MNIST are not needed, the second also where the data set has none. Raises
+    UsageError, DataError.
+    """
+    name, train, test = name_of_data(args, description), None, None
+    if args.also or name not in BUNDLED or shape != MNIST:
+        load = partial(dataset.load, name, args.data_dir, shape[-1], download=bool(args.dataset))
+        train, test = load(), load(train=False) if name in DATASETS else None
+        C = train.pixels.shape[1]
+        if shape[0] != C:
+            raise UsageError(f"the {train.source} have {C} channels, and the samples {shape[0]}: give their data set")
+        if not test and ("bits" in args.also or args.against == "test" and name not in BUNDLED):
+            raise UsageError(f"{name} has no test images: leave out --also bits and --against test")
+    classes = train.classes if train else DIGITS
+    known = [str(i) for i in range(len(classes))] if args.model else list(classes)  # official weights number them
+    if description and classes and description["classes"] not in ([], known):
+        raise UsageError(f"the classes of {name} are not those of this model, which was trained on "
+                         f"{description['data']}: name that data set by --dataset")
+    return train, test
+
+
+def open_reference(args: argparse.Namespace, train: Images | None, test: Images | None) -> DataReference:
+    """The reference for what `load_real` loaded. Sets args.against to one of its parts, and args.count.
+
+    Raises UsageError, DataError, CheckpointError.
+    """
+    if train is None or train.name in BUNDLED and train.pixels.shape[1:] == MNIST:
+        reference = Reference()
+    else:
+        reference = DataReference(train, test)
+    args.against = args.against.replace("-", "_") if args.against else reference.parts[0]
+    most = len(reference.tensors[f"labels.{args.against}"])
+    if (args.count or 0) > most:
+        raise UsageError(f"--count is {args.count}, and there are {most} images to compare with: use {most} or less")
+    args.count = args.count or most
+    return reference
+
+
+def labels_to_sample(args: argparse.Namespace, trained: TrainedModel, reference: DataReference) -> Tensor:
+    """Labels (args.count,) in the proportions of the real images, or in turn where only the model knows classes."""
+    if trained.description["classes"] and reference.classes:
+        return labels_as_in(reference.tensors[f"labels.{args.against}"], args.count)
+    return torch.arange(args.count) % max(1, len(trained.description["classes"]))
+
+
+def sample_images(trained: TrainedModel, labels: Tensor, batch_size: int, **options) -> tuple[Tensor, float]:
+    """(images (N, C, S, S), uint8, seconds) of the labels (N,), see TrainedModel.sample."""
     begin = time.perf_counter()
-    images = to_uint8(trained.sample(labels, batch_size, **{"progress": "sampling", **options}))
+    samples = trained.sample(labels, batch_size, **{"progress": "sampling", **options})
+    images = torch.cat([to_uint8(trained.to_images(part)) for part in samples.split(batch_size)])
     return images, time.perf_counter() - begin
+
+
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def format_table(table: Table) -> str:
@@ -94,6 +190,8 @@ def format_table(table: Table) -> str:
     def cell(name: str, value: float | list | None) -> str:
         if value is None:
             return ""
+        if isinstance(value, list) and len(value) > 20:
+            return "in the file"
         if isinstance(value, list):
             return " ".join("-" if v is None else f"{100 * v:.1f}" for v in value)
         if isinstance(value, int):
@@ -116,31 +214,42 @@ def evaluate(args: argparse.Namespace) -> Path:
     picture = args.output.with_suffix(".png")
     if picture.exists():
         raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
-    reference, against = Reference(), args.against.replace("-", "_")
-    trained = None if args.npz else open_digits_model(args)
+    if args.npz:
+        trained, (images, labels) = None, read_npz(args.npz, any_shape=args.dataset is not None)
+        shape, description = tuple(images.shape[1:]), None
+    else:
+        trained = open_model(args)
+        shape, description = samples_shape(trained), trained.description
     if "bits" in args.also and trained.diffusion.config["schedule"] == "flow":  # never with --npz, see parse_args
         raise UsageError("the bound of flow is useless: --also bits is for the schedules linear and cosine")
-    if args.also:  # before sampling, in case it is missing
-        mnist = {train: dataset.load("mnist", args.data_dir, train=train, download=False) for train in (True, False)}
+    train, test = load_real(args, shape, description)
     if args.npz:
-        about = dict(images=str(args.npz))
-        images, labels = read_npz(args.npz, args.count)
+        images, labels = choose(args.npz, images, labels, args.count, train.classes if train else DIGITS)
+    reference = open_reference(args, train, test)
+    if args.npz:
+        about, images = dict(images=str(args.npz)), images[: args.count]
+        labels = None if labels is None else labels[: args.count]
     else:
         about = dict(checkpoint=str(args.checkpoint), **trained.settings)
-        labels = labels_as_in(reference.tensors[f"labels.{against}"], args.count or MAX_COUNT)
-        images, about["seconds"] = sample_digits(trained, labels, args.batch_size)
-    table = measure(images, labels, reference, against)
+        labels = labels_to_sample(args, trained, reference)
+        images, about["seconds"] = sample_images(trained, labels, args.batch_size)
+        labels = labels if description["classes"] else None
+    table = measure(images, labels, reference, args.against)
     if "memorization" in args.also:
-        table |= memorization(images, mnist[True].pixels, mnist[False].pixels, picture)
+        table |= memorization(images, train.pixels, test and test.pixels, picture)
     if "bits" in args.also:
-        table |= bits_per_dimension(trained.model, trained.diffusion, mnist[False].pixels, mnist[False].labels)
-    result = dict(about, count=len(images), against=against, numbers=table)
-    if not args.npz:
-        result |= {name: trained.description[name] for name in ("config", "diffusion", "data", "step")}
+        known = test.labels if description["classes"] else torch.zeros_like(test.labels)
+        table |= bits_per_dimension(trained.model, trained.diffusion, test.pixels, known)
+    result = dict(about, count=len(images), against=args.against.replace("_", "-"), numbers=table)
+    if reference.notes:
+        result |= dict(dataset=args.dataset or train.name, classes=reference.classes, notes=reference.notes)
+    if trained:
+        result |= {name: description[name] for name in ("config", "diffusion", "data", "step")}
     content = json.dumps(result, indent=1).encode()
     checkpoint.write_whole(args.output, lambda file: file.write(content))
     how = ", ".join(f"{name} {value:.1f}" if name == "seconds" else f"{name} {value}" for name, value in about.items())
-    print(f"{len(images):,} images against the {args.against} images; {how}\n{format_table(table)}")
+    what = f"{len(images):,} images against the {result['against']} images; {how}"
+    print(what, format_table(table), *reference.notes, sep="\n")
     if picture.exists():
         print(picture)
     return args.output

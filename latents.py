@@ -59,7 +59,7 @@ class Autoencoder:
         """Latents (n, C, S, S) -> images (n, 3, H, W), on the CPU, in [-1, 1]. Raises DataError for another C."""
         if latents.shape[1] != self.channels:
             raise DataError(f"these latents have {latents.shape[1]} channels, and those of --vae {self.channels}: "
-                             "use the autoencoder with which they were encoded")
+                            "use the autoencoder with which they were encoded")
         parts = [part.to(self.device) / self.scale + self.shift for part in latents.split(AT_ONCE)]
         return torch.cat([self.vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
 

@@ -1,4 +1,4 @@
-"""What is measured of generated digits. Each measure is a row of a table, beside the value of real images.
+"""What is measured of generated images. Each measure is a row of a table, beside the value of real images.
 
 accuracy   the fraction of samples that a classifier assigns to their label
 FD         the Fréchet distance to the real test images, squared as in FID (arXiv 1706.08500): the distance of two
@@ -10,11 +10,12 @@ precision  the fraction of samples that are nearer to some real image than its t
            classifier's features (arXiv 1904.06991)
 recall     the same with samples and real images exchanged. Both are unsteady below some 2,000 images.
 
-There are two spaces of features: the last hidden layer of the classifier, and a network of random filters. (The usual
-ones, of the Inception network, are made for colour photographs and say little of grey digits.)
-assets/classifier.safetensors holds the classifier, assets/reference.safetensors the features of the 10,000 test images
-and of 10,000 training images on which it was not trained ("held out"); tools/train_classifier.py makes both. So samples
-are measured without MNIST on the disk.
+There are two spaces of features (classifier.py): the last hidden layer of the classifier, and a network of random
+filters. (The usual ones, of the Inception network, are made for colour photographs and say little of grey digits.)
+For MNIST, assets/classifier.safetensors holds the classifier, assets/reference.safetensors the features of the 10,000
+test images and of 10,000 training images on which it was not trained ("held out"); tools/train_classifier.py makes
+both. So samples are measured without MNIST on the disk. For any other data set, both come from its images, see
+classifier.py. Images without classes have no classifier, and only random features are compared.
 
 Intervals are 95% intervals over the choice of the samples. Compare numbers of equal counts.
 """
@@ -25,15 +26,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import dataset
 from checkpoint import ASSETS
-from dataset import DataError
+from classifier import Classifier, DataReference, RandomFeatures, features
+from dataset import DIGITS, DataError
 from diffusion import Diffusion
 from sampling import grid, seeded
 from variance import LearnedVariance
@@ -46,67 +47,18 @@ RESAMPLES = 100                         # of a bootstrap
 Table = dict[str, dict]  # {"recall": {"generated": 0.85, "real": 0.87, "interval": (low, high)}, ...}
 
 
-# ------------------------------------------------------------------------------------------------------------ features
+# ---------------------------------------------------------------------------------------------------------- real images
 
 
-def conv(c_in: int, c_out: int) -> list[nn.Module]:
-    return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-
-
-class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) in [-1, 1] -> logits (B, 10), from features (B, 64)."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            *conv(1, 24), *conv(24, 24), nn.MaxPool2d(2),        # (B, 24, 14, 14)
-            *conv(24, 48), *conv(48, 48), nn.MaxPool2d(2),       # (B, 48, 7, 7)
-            *conv(48, 64), *conv(64, 64), nn.MaxPool2d(2),       # (B, 64, 3, 3)
-            nn.Flatten(), nn.Linear(64 * 9, 64), nn.ReLU(),
-        )
-        self.head = nn.Linear(64, 10)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-class RandomFeatures(nn.Module):
-    """Images (B, 1, 28, 28) in [-1, 1] -> features (B, 64): three layers of random filters, without training.
-
-    They see what a classifier learns to ignore: noise, contrast, the seams of patches.
-    """
-
-    def __init__(self):
-        super().__init__()
-        generator = seeded(0, 0)
-        sizes = [(16, 1, 5, 5), (32, 16, 3, 3), (64, 32, 3, 3)]
-        for i, size in enumerate(sizes):
-            scale = (2 / (size[1] * size[2] * size[3])) ** 0.5
-            self.register_buffer(f"filters{i}", torch.randn(size, generator=generator) * scale)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(F.conv2d(x, self.filters0, stride=2, padding=2))  # (B, 16, 14, 14)
-        x = F.relu(F.conv2d(x, self.filters1, stride=2, padding=1))  # (B, 32, 7, 7)
-        x = F.conv2d(x, self.filters2, stride=2, padding=1)          # (B, 64, 4, 4)
-        return x.square().mean((2, 3)).sqrt()                        # root mean square of each filter, (B, 64)
-
-
-@torch.no_grad()
-def features(network: Classifier | RandomFeatures, images: Tensor) -> Tensor:
-    """Features (N, 64) of images (N, 1, 28, 28), uint8."""
-    return torch.cat([network.features(dataset.to_float(part)) for part in images.split(500)])
-
-
-class Reference:
-    """The classifier, the random network, and the features of real images. Raises DataError without its files.
+class Reference(DataReference):
+    """That of MNIST, which is in assets/, with floors. Raises DataError without its files.
 
     tensors: classifier.test, classifier.held_out, random.test and random.held_out are features (10,000, 64),
              labels.test and labels.held_out (10,000,) their labels. classifier.floor and random.floor (5,) are the mean
              Fréchet distances of COUNTS random training images to the test images.
     """
+
+    parts, classes, notes = ("test", "held_out"), DIGITS, ()
 
     def __init__(self):
         self.networks = dict(classifier=Classifier(), random=RandomFeatures())
@@ -124,25 +76,30 @@ class Reference:
 # ------------------------------------------------------------------------------------------------------------ measures
 
 
-def measure(images: Tensor, labels: Tensor | None, reference: Reference, against: str = "test") -> Table:
-    """The measures above of images (N, 1, 28, 28), uint8, N at most 10,000, that are meant to show labels (N,).
+def measure(images: Tensor, labels: Tensor | None, reference: DataReference, against: str = "test") -> Table:
+    """The measures above of images (N, C, S, S), uint8, N at most as many as the real ones, meant to show labels (N,).
 
-    against: test or held_out, the real images to compare with. The other kind gives the values of real images, by as
-             many of them and with the same labels.
+    against: one of reference.parts, the real images to compare with. The other part gives the values of real images,
+             by as many of them and with the same labels.
     """
-    other = "held_out" if against == "test" else "test"
+    [other] = set(reference.parts) - {against}
     real = reference.tensors
+    if "classifier" not in reference.networks:
+        labels = None
     intended = labels_as_in(real[f"labels.{against}"], len(images)) if labels is None else labels
     choices = [with_same_labels(intended, real[f"labels.{other}"], choice) for choice in range(20)]
     generated = {space: features(network, images) for space, network in reference.networks.items()}
     table = {}
     if labels is not None:
         head = reference.networks["classifier"].head
-        real_digits = real[f"classifier.{against}"], real[f"labels.{against}"]
-        table |= accuracies(head, dict(generated=(generated["classifier"], labels), real=real_digits))
+        real_labelled = real[f"classifier.{against}"], real[f"labels.{against}"]
+        what = "digit" if reference.classes == DIGITS else "class"
+        table |= accuracies(head, dict(generated=(generated["classifier"], labels), real=real_labelled), what)
     groups = torch.zeros(len(images)) if labels is None else labels
     for space, f in generated.items():
         table |= distances(space, f, groups, real, against, other, choices)
+    if "classifier" not in generated:
+        return table
     target = real[f"classifier.{against}"]
     both = dict(generated=generated["classifier"], real=real[f"classifier.{other}"][choices[0]])
     radius = neighbour_distance(target)
@@ -151,14 +108,15 @@ def measure(images: Tensor, labels: Tensor | None, reference: Reference, against
     return table
 
 
-def accuracies(head: Callable, groups: dict[str, tuple[Tensor, Tensor]]) -> Table:
-    """The accuracy on (features, labels) of each group, as a whole and by digit."""
-    table = {"accuracy": {}, "accuracy by digit": {}}
+def accuracies(head: Callable, groups: dict[str, tuple[Tensor, Tensor]], what: str = "digit") -> Table:
+    """The accuracy on (features, labels) of each group, as a whole and by digit, or whatever the classes are called."""
+    table = {"accuracy": {}, f"accuracy by {what}": {}}
     for name, (f, y) in groups.items():
-        right = (head(f).argmax(1) == y).double()
+        logits = head(f)
+        right = (logits.argmax(1) == y).double()
         table["accuracy"][name] = right.mean().item()
-        by_digit = [right[y == d].mean().item() if (y == d).any() else None for d in range(10)]
-        table["accuracy by digit"][name] = by_digit
+        each = [right[y == k].mean().item() if (y == k).any() else None for k in range(logits.shape[1])]
+        table[f"accuracy by {what}"][name] = each
         table["accuracy"].setdefault("interval", wilson_interval(right.mean().item(), len(right)))  # of the samples
     return table
 
@@ -181,7 +139,8 @@ def distances(
         real=mean_distance(real[f"{space}.{other}"], target, choices),
     )
     floors = {f"rho, {space}": distance["real"]}
-    if against == "test":  # between the COUNTS, the distance is about a power of the count: a straight line in logs
+    if f"{space}.floor" in real and against == "test":
+        # Between the COUNTS, the distance is about a power of the count: a straight line in logs.
         floor = np.interp(math.log(len(f)), np.log(COUNTS), real[f"{space}.floor"].log())
         floors[f"rho to random training images, {space}"] = float(np.exp(floor))
     table = {f"FD, {space}": distance}
@@ -212,13 +171,13 @@ def labels_as_in(reference: Tensor, n: int) -> Tensor:
 
 
 def with_same_labels(labels: Tensor, real: Tensor, choice: int = 0) -> Tensor:
-    """Indices (N,), sorted by digit, of as many real images of each digit as labels (N,) has, another set by `choice`.
+    """Indices (N,), sorted by label, of as many real images of each label as labels (N,) has, another set by `choice`.
 
-    real (M,) are the labels of the real images. Where it has too few of a digit, some of those images are taken twice.
+    real (M,) are the labels of the real images. Where it has too few of a label, some of those images are taken twice.
     """
     index, generator = [], seeded(1, choice)
-    for digit, n in enumerate(labels.bincount(minlength=10).tolist()):
-        pool = (real == digit).nonzero()[:, 0]
+    for label, n in enumerate(labels.bincount().tolist()):
+        pool = (real == label).nonzero()[:, 0]
         pool = pool[torch.randperm(len(pool), generator=generator)]
         index.append(pool.repeat(n // len(pool) + 1)[:n])
     return torch.cat(index)
@@ -252,29 +211,35 @@ def bootstrap(statistic: Callable[[Tensor], float], labels: Tensor) -> tuple[flo
     return max(0.0, float(estimate + low)), float(estimate + high)
 
 
-# ------------------------------------------------------------------------------------- measures that need MNIST on disk
+# ----------------------------------------------------------------------------- measures that need the images themselves
 
 
-def nearest(images: Tensor, train: Tensor, k: int = 50) -> tuple[Tensor, Tensor, Tensor]:
-    """For images (N, 1, 28, 28), uint8, among training images: the distance to the nearest, its index, and the mean
-    distance to the nearest k, each (N,). Distances are Euclidean, of pixels in 0 ... 1."""
+def nearest(images: Tensor, train: Tensor, k: int = 50, skip: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """For images (N, C, S, S), uint8, among training images: the distance to the nearest, its index, and the mean
+    distance to the nearest k, each (N,). Distances are Euclidean, of pixels in 0 ... 1.
+
+    skip: how many of the nearest do not count: 1 for images that are training images themselves
+    """
     x, pool = images.flatten(1) / 255, train.flatten(1) / 255
-    found = [torch.cdist(part, pool).topk(k, largest=False) for part in x.split(500)]
-    distances, index = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    found = [torch.cdist(part, pool).topk(k + skip, largest=False) for part in x.split(500)]
+    distances, index = torch.cat([f.values for f in found])[:, skip:], torch.cat([f.indices for f in found])[:, skip:]
     return distances[:, 0], index[:, 0], distances.mean(1)
 
 
-def memorization(images: Tensor, train: Tensor, test: Tensor, picture: Path) -> Table:
-    """Are samples copies of training images? Test images, of which none can be one, show what is usual.
+def memorization(images: Tensor, train: Tensor, test: Tensor | None, picture: Path) -> Table:
+    """Are samples copies of training images? Test images, of which none can be one, show what is usual. Where there are
+    none, each training image is compared with the others.
 
-    A near-duplicate is nearer to one training image than half its mean distance to the nearest 50 (after arXiv
-    2301.13188; here these 50 are neighbours of the sample). The picture shows the ten samples that come closest to
-    being one, each above its training image.
+    A near-duplicate is nearer to one training image than half its mean distance to the nearest 50, or to a twentieth of
+    few images (after arXiv 2301.13188; here these are neighbours of the sample). The picture shows the ten samples that
+    come closest to being one, each above its training image.
     """
     table = {"distance to the nearest training image, median": {}, "near-duplicates": {}}
-    some = torch.randperm(len(test), generator=seeded(0, 3))[: len(images)]
-    for name, x in (("real", test[some]), ("generated", images)):
-        distance, index, usual = nearest(x, train)
+    k = min(50, len(train) // 20)
+    real, itself = (train, 1) if test is None else (test, 0)
+    some = torch.randperm(len(real), generator=seeded(0, 3))[: len(images)]
+    for name, x, skip in (("real", real[some], itself), ("generated", images, 0)):
+        distance, index, usual = nearest(x, train, k, skip)
         table["distance to the nearest training image, median"][name] = distance.median().item()
         table["near-duplicates"][name] = int((distance < 0.5 * usual).sum())
     closest = (distance / usual).argsort()[:10]

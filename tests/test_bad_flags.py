@@ -75,7 +75,7 @@ def _no_work(tmp_path_factory):
     """An empty folder to start from, small weights in place of the bundled ones, and no work."""
     folder, weights = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("weights") / "weights.safetensors"
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
-    about = checkpoint.describe(DiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "nothing", 0, 1.5)
+    about = checkpoint.describe(DiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "no images of MNIST", 0, 1.5)
     checkpoint.save(weights, about, DiT(config).state_dict())
     images = dataset.Images(torch.zeros(20, 1, 28, 28).byte(), torch.arange(20) % 10, dataset.DIGITS, "20 images")
     with pytest.MonkeyPatch.context() as patch:

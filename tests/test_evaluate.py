@@ -1,9 +1,12 @@
 """Claims about the numbers: the classifier knows digits, and each measure does what its name says."""
 
+import ast
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +14,17 @@ import torch
 from PIL import Image
 
 import checkpoint
+import classifier
 import dataset
 import evaluate
 import metrics
-from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, CheckpointError, load_model
+from classifier import Classifier, RandomFeatures
 from cli import UsageError
+from conftest import ROOT
+from dataset import DataError, Images
 from diffusion import Diffusion
 from dit import DiT, DiTConfig
-from inference import load_model
 from metrics import Reference
 from sampling import to_uint8
 from variance import LearnedVariance
@@ -31,7 +37,9 @@ def _quick():
 
     def once(compute: Callable, *arguments: object) -> torch.Tensor:
         *networks, x = arguments
-        key = compute, *map(type, networks), x.shape, hashlib.sha256(x.contiguous().numpy()).digest()
+        tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+        digests = [hashlib.sha256(tensor.contiguous().numpy()).digest() for tensor in (*tensors, x)]
+        key = compute, x.shape, *digests
         if key not in known:
             known[key] = compute(*arguments)
         return known[key]
@@ -99,10 +107,10 @@ def test_random_features_see_what_the_classifier_ignores(reference, digits):
 
 def test_without_its_files_it_says_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "REFERENCE", tmp_path / "none")
-    with pytest.raises(UsageError, match="python tools/train_classifier.py"):
+    with pytest.raises(DataError, match="python tools/train_classifier.py"):
         Reference()
     (tmp_path / "none").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UsageError, match="python tools/train_classifier.py"):
+    with pytest.raises(DataError, match="python tools/train_classifier.py"):
         Reference()
 
 
@@ -242,7 +250,8 @@ def test_samples_of_another_program_are_measured_too(digits, monkeypatch, tmp_pa
 def test_a_part_of_a_file_is_a_fair_sample_of_it(tmp_path):
     for name, labels in (("in turn", np.arange(5000) % 10), ("sorted", np.arange(5000) // 500)):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((5000, 28, 28), np.uint8), labels=labels)
-        counts = evaluate.read_npz(tmp_path / f"{name}.npz", 1000)[1].bincount()
+        path = tmp_path / f"{name}.npz"
+        counts = evaluate.choose(path, *evaluate.read_npz(path), 1000)[1].bincount()
         assert counts.min() > 70 and counts.max() < 130
 
 
@@ -276,10 +285,11 @@ def test_bad_requests_are_refused_before_any_work(weights, monkeypatch, tmp_path
     np.savez("number.npz", arr_0=np.uint8(3))
     state = checkpoint.load(weights)
     flow = state | dict(diffusion=dict(schedule="flow", prediction="v", timesteps=50))
-    checkpoint.save_weights(tmp_path / "flow.safetensors", flow.pop("ema"), flow)
+    weights = flow.pop("ema")
+    checkpoint.save(tmp_path / "flow.safetensors", flow, weights)
     config = DiTConfig(image_size=8, patch_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=2)
     about = checkpoint.describe(DiT, config, Diffusion(), ("a", "b"), "others", 0, 1.0)
-    checkpoint.save_weights(tmp_path / "others.safetensors", DiT(config).state_dict(), about)
+    checkpoint.save(tmp_path / "others.safetensors", about, DiT(config).state_dict())
     with open("array.npz", "wb") as file:
         np.save(file, np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
@@ -287,7 +297,7 @@ def test_bad_requests_are_refused_before_any_work(weights, monkeypatch, tmp_path
     for arguments, message in (
         (["--count", 1], "--count is 1: use 20"),
         (["--count", 20_000], "to 10000"),
-        (["--checkpoint", "others.safetensors"], "digits of 28 x 28, and this model was trained on others"),
+        (["--checkpoint", "others.safetensors"], "trained on others, not on MNIST: name these images by --data"),
         (["--checkpoint", weights, "--steps", 0], "--steps is 0: use 1 to 50"),
         (["--npz", "a.npz", "--also", "bits"], "leave out the flags"),
         (["--checkpoint", "flow.safetensors", "--also", "bits"], "for the schedules linear and cosine"),
@@ -304,5 +314,246 @@ def test_bad_requests_are_refused_before_any_work(weights, monkeypatch, tmp_path
     ):
         with pytest.raises(UsageError, match=message):
             run(*arguments)
-    with pytest.raises(dataset.DataError, match="--data-dir"):
+    with pytest.raises(DataError, match="--data-dir"):
         run("--checkpoint", weights, "--also", "bits", "--data-dir", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ any other data
+
+COLOURS = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory) -> Path:
+    """A folder of 3 classes of 40 pictures of 8 x 8: a disc of the class's colour at a random place, and noise."""
+    root = tmp_path_factory.mktemp("discs")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(COLOURS):
+        (root / name).mkdir()
+        for i in range(40):
+            y, x = np.mgrid[:8, :8] - generator.uniform(2, 5, (2, 1, 1))
+            pixels = generator.uniform(0, 60, (8, 8, 3))
+            pixels[..., 2 - label] += 160 * (y**2 + x**2 < 6)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(discs) -> Images:
+    return dataset.load(str(discs), image_size=8)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path, discs):
+    """An empty folder to work in. The classifier of the discs is elsewhere, and trained for a few steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "MAX_EPOCHS", 60)
+    monkeypatch.setattr(classifier, "CACHE", discs.parent / "classifiers")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """untrained(classes): the file of a network of 8 x 8 colour images that was never trained."""
+    def make(classes: tuple[str, ...] = COLOURS, **shape) -> Path:
+        shape = dict(image_size=8, patch_size=4, in_channels=3) | shape
+        config = DiTConfig(hidden_size=8, depth=1, num_heads=1, num_classes=len(classes), **shape)
+        about = checkpoint.describe(DiT, config, Diffusion("linear", "eps", 20), classes, "120 images of discs", 0, 1.0)
+        path = tmp_path_factory.mktemp("untrained") / "weights.safetensors"
+        checkpoint.save(path, about, DiT(config).state_dict())
+        return path
+
+    return make
+
+
+def save_npz(path: Path, images: Images, labelled: bool = True) -> None:
+    labels = dict(labels=images.labels.numpy()) if labelled else {}
+    np.savez(path, arr_0=images.pixels.permute(0, 2, 3, 1).numpy(), **labels)
+
+
+def test_own_images_are_measured_by_a_classifier_that_is_trained_once(
+    discs, untrained, elsewhere, monkeypatch, capsys
+):
+    monkeypatch.setattr(classifier, "CACHE", Path("new") / "classifiers")
+    words = ["--checkpoint", untrained(), "--dataset", discs, "--steps", 2, "--device", "cpu"]
+    result = run(*words)
+    assert result["count"] == 30 and result["against"] == "held-out" and result["classes"] == list(COLOURS)
+    assert len(result["numbers"]["accuracy by class"]["real"]) == 3
+    assert result["numbers"]["accuracy"]["real"] > 0.9
+    assert min(result["numbers"][f"rho, {space}"]["generated"] for space in ("classifier", "random")) > 3  # of noise
+    assert result["numbers"]["precision"]["generated"] < 0.2 < result["numbers"]["precision"]["real"]
+    [file] = Path("new/classifiers").iterdir()
+    printed = capsys.readouterr().out
+    for note in (f"kept in {file}", "trained on 60 of the 120 images of discs0, and is right on", "no test images",
+                 "with 30 of the 120"):
+        assert note in printed and note in " ".join(result["notes"])
+    monkeypatch.setattr(classifier, "fit", None)
+    assert run(*words)["numbers"] == result["numbers"]
+
+
+def test_own_images_are_at_their_own_floor(discs, pictures, elsewhere):
+    real = classifier.DataReference(pictures)
+    one, two = ([real.tensors[f"{name}.{part}"] for name in ("labels", "random")] for part in real.parts)
+    assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
+    save_npz(elsewhere / "real.npz", pictures)
+    save_npz(elsewhere / "wrong.npz", dataclasses.replace(pictures, labels=(pictures.labels + 1) % 3))
+    good, wrong = (run("--npz", f"{name}.npz", "--dataset", discs) for name in ("real", "wrong"))
+    assert good["numbers"]["accuracy"]["generated"] > 0.9 and wrong["numbers"]["accuracy"]["generated"] < 0.1
+    for space in ("classifier", "random"):
+        assert 0.3 < good["numbers"][f"rho, {space}"]["generated"] < 2
+        assert good["numbers"][f"rho, {space}"]["real"] == 1
+        assert f"rho to random training images, {space}" not in good["numbers"]  # which only MNIST has
+
+
+def test_images_without_classes_are_compared_in_random_features_only(discs, untrained, elsewhere):
+    (elsewhere / "all").mkdir()
+    for i, picture in enumerate(discs.glob("*/*.png")):
+        (elsewhere / "all" / f"{i}.png").write_bytes(picture.read_bytes())
+    words = ["--steps", 2, "--device", "cpu", "--dataset", "all", "--count", 20]
+    for classes in ((), COLOURS):  # what the model knows does not matter
+        result = run("--checkpoint", untrained(classes), *words, "--output", f"{len(classes)}.json")
+        assert result["numbers"].keys() == {"FD, random", "rho, random"}
+        assert "only random features" in result["notes"][0]
+    assert not list(elsewhere.glob("**/*.safetensors"))
+
+
+def test_a_model_without_labels_is_measured_on_images_with_classes(discs, untrained, elsewhere):
+    table = run("--checkpoint", untrained(()), "--dataset", discs, "--steps", 2, "--device", "cpu")["numbers"]
+    assert "accuracy" not in table and {"rho, classifier", "precision", "recall"} < table.keys()
+
+
+def test_a_data_set_with_test_images_is_compared_with_these(pictures, untrained, elsewhere, monkeypatch):
+    def small(name, root, train, download):
+        assert (name, root, download) == ("cifar10", Path("data"), True)
+        some = slice(None, None, 2) if train else slice(1, None, 2)
+        return dataclasses.replace(pictures, pixels=pictures.pixels[some], labels=pictures.labels[some])
+
+    monkeypatch.setattr(dataset, "from_torchvision", small)
+    monkeypatch.setattr(classifier, "MIN_COUNT", 10)
+    words = ["--checkpoint", untrained(), "--dataset", "cifar10", "--steps", 2, "--device", "cpu"]
+    result = run(*words, "--also", "memorization", "bits")
+    assert result["count"] == 60 and result["against"] == "test" and len(result["notes"]) == 1
+    assert result["numbers"]["bits per dimension of real test images, at most"]["generated"] > 0
+    assert result["numbers"]["near-duplicates"]["generated"] == 0
+    with pytest.raises(UsageError, match="use 15 or less"):
+        run(*words, "--against", "held-out", "--count", 20)
+
+
+def test_copies_are_found_where_there_are_no_test_images(pictures, discs, elsewhere):
+    save_npz(elsewhere / "copies.npz", pictures, labelled=False)
+    table = run("--npz", "copies.npz", "--dataset", discs, "--also", "memorization")["numbers"]
+    distance = table["distance to the nearest training image, median"]
+    assert table["near-duplicates"]["generated"] == 30 and distance["generated"] < 0.01
+    assert table["near-duplicates"]["real"] < 5 and distance["real"] > 0.1  # to another image than itself
+
+
+def test_the_parts_that_are_kept_out_have_a_quarter_of_each_class_and_no_image_twice(monkeypatch):
+    labels = torch.tensor([0] * 40 + [1] * 80 + [2] * 4)
+    images = Images(torch.zeros(124, 1, 8, 8), labels, COLOURS, "124 images")
+    parts, rest = classifier.kept_out(images, 2)
+    assert torch.cat([*parts, rest]).sort().values.tolist() == list(range(124))
+    assert [labels[part].bincount().tolist() for part in (*parts, rest)] == [[10, 20, 1], [10, 20, 1], [20, 40, 2]]
+    monkeypatch.setattr(classifier, "MAX_COUNT", 25)
+    [part], rest = classifier.kept_out(images, 1)
+    assert labels[part].bincount().tolist() == [8, 16, 1] and len(rest) == 99
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 28), (3, 32), (1, 33), (3, 64), (3, 100)])
+def test_both_networks_take_images_of_any_size_in_grey_and_in_colour(channels, size):
+    images = torch.randint(256, (3, channels, size, size), dtype=torch.uint8)
+    network = Classifier(channels, size, 5).eval()
+    assert network(dataset.to_float(images)).shape == (3, 5)
+    for features in (network, RandomFeatures(channels)):
+        assert classifier.features(features, images).shape == (3, 64)
+    assert max(module.numel() for module in network.parameters()) == 64 * 64 * 9  # at any size
+
+
+def test_a_classifier_that_is_not_as_it_was_written_is_refused(pictures, elsewhere, monkeypatch):
+    classifier.DataReference(pictures)
+    [path] = classifier.CACHE.glob("*-60.safetensors")
+    content, state = path.read_bytes(), checkpoint.read_safetensors(path)
+    monkeypatch.setattr(classifier, "CACHE", elsewhere)
+    monkeypatch.setattr(classifier, "fit", None)
+    path = elsewhere / path.name
+    weights = state.pop("ema")
+    name = "head.weight"
+    wrong = [content[:-9], content[:-9] + b"x" + content[-8:], b"", bytes(100)]
+    for about, tensors in (
+        (state | dict(images="f" * 64), weights), (state | dict(count=7), weights), (state | dict(format="x"), weights),
+        ({}, weights), (state, {}), (state, weights | {name: weights[name].double()}),
+        (state, weights | {name: weights[name][:2]}), (state, weights | {name: weights[name] * torch.nan}),
+    ):
+        checkpoint.save(path, about, tensors)
+        wrong.append(path.read_bytes())
+    for damaged in wrong:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged \(.*remove it"):
+            classifier.DataReference(pictures)
+    path.write_bytes(content)
+    assert classifier.DataReference(pictures).notes
+
+
+def test_a_training_that_is_stopped_leaves_no_file(pictures, elsewhere, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier, "CACHE", elsewhere / "outputs")
+    monkeypatch.setattr(classifier, "jitter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        classifier.DataReference(pictures)
+    assert not list((elsewhere / "outputs").iterdir())
+
+
+def test_too_little_data_names_the_fix(pictures, elsewhere):
+    def some(index, classes=COLOURS) -> Images:
+        labels = pictures.labels[index] if len(classes) > 1 else torch.zeros(len(pictures.labels[index]))
+        return Images(pictures.pixels[index], labels.long(), classes, "images of discs")
+
+    for images, fix in (
+        (some(slice(None, None, 3)), "leave 10 to compare with, which is too few: add some, to have about 80"),
+        (some(slice(0, 83)), "class red has 3 images"),
+        (some(slice(0, 40), ("blue",)), "name the folder blue itself"),
+        (some(slice(0, 3), ()), "data set has 3 images"),
+        (dataclasses.replace(pictures, pixels=pictures.pixels[..., :4, :4]), "have 4 pixels a side"),
+    ):
+        with pytest.raises(DataError, match=fix):
+            classifier.DataReference(images)
+    assert classifier.DataReference(some(slice(0, 80), ())).tensors["random.others"].shape == (20, 64)
+
+
+def test_what_does_not_fit_the_data_is_refused_before_any_work(
+    discs, pictures, images, untrained, elsewhere, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "DataReference", None)
+    np.savez("wide.npz", np.zeros((30, 8, 9, 3), np.uint8))
+    np.savez("labels.npz", arr_0=np.zeros((30, 8, 8, 3), np.uint8), labels=np.full(30, 3))
+    np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez("grey.npz", arr_0=np.zeros((30, 8, 8), np.uint8))
+    model = ["--checkpoint", untrained(), "--steps", 2, "--device", "cpu"]
+    for arguments, message in (
+        (model, "trained on 120 images of discs, not on MNIST: name these images by --dataset FOLDER"),
+        ([*model, "--dataset", "nowhere"], "no data set or folder 'nowhere'"),
+        ([*model, "--dataset", images], "have 1 channels, and the samples 3"),
+        ([*model, "--dataset", discs, "--against", "test"], "has no test images: leave out"),
+        ([*model, "--dataset", discs, "--also", "bits"], "has no test images: leave out"),
+        (["--checkpoint", untrained(("a", "b", "c")), "--dataset", discs], "classes of .* are not those of this model"),
+        (["--checkpoint", untrained(in_channels=4), "--dataset", discs], "makes latents: add --vae"),
+        (["--npz", "wide.npz", "--dataset", discs], "give uint8 square images"),
+        (["--npz", "grey.npz", "--dataset", discs], "have 3 channels, and the samples 1"),
+        (["--npz", "labels.npz", "--dataset", discs], "not 30 numbers 0 to 2"),
+        (["--npz", "few.npz", "--dataset", discs], "holds 3 images"),
+    ):
+        with pytest.raises((UsageError, DataError), match=message):
+            run(*arguments)
+
+
+def test_more_samples_than_real_images_are_refused(discs, untrained, elsewhere):
+    with pytest.raises(UsageError, match="--count is 31, and .* 30 images to compare with: use 30 or less"):
+        run("--checkpoint", untrained(), "--dataset", discs, "--count", 31)
+
+
+@pytest.mark.parametrize("name", ["metrics", "classifier", "latents"])
+def test_what_measures_and_decodes_knows_no_command_line(name):
+    nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+    assert "cli" not in [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert "cli" not in [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]

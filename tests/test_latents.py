@@ -183,5 +183,5 @@ def test_what_does_not_fit_names_the_fix(latent_run, tiny_run, encoded, vae, ima
             work()
     assert not (tmp_path / "run").exists() and not (tmp_path / "a.png").exists()
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(UsageError, match="pip install diffusers"):
+    with pytest.raises(DataError, match="pip install diffusers"):
         latents.Autoencoder(vae)

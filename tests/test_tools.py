@@ -8,6 +8,7 @@ import torch
 
 import benchmark
 import checkpoint
+import classifier
 import dataset
 import metrics
 import sweep
@@ -26,7 +27,7 @@ def run(*arguments: object) -> dict:
 
 def test_jitter_moves_digits_and_keeps_them_readable(reference, digits):
     x = dataset.to_float(digits.pixels)
-    moved = train_classifier.jitter(x, torch.Generator().manual_seed(0))
+    moved = classifier.jitter(x, torch.Generator().manual_seed(0))
     assert (moved - x).abs().mean() > 0.05
     assert moved.min() >= -1.001 and moved.max() <= 1.001
     right = reference.networks["classifier"](moved).argmax(1) == digits.labels
@@ -35,7 +36,7 @@ def test_jitter_moves_digits_and_keeps_them_readable(reference, digits):
 
 @pytest.mark.slow
 def test_the_classifier_learns(digits):
-    model = train_classifier.fit(digits.pixels, digits.labels, epochs=6)
+    model = classifier.fit(digits.pixels, digits.labels, epochs=6)
     right = model(dataset.to_float(digits.pixels)).argmax(1) == digits.labels
     assert right.double().mean() > 0.9
 
@@ -82,7 +83,7 @@ def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatc
     monkeypatch.setattr(metrics, "bootstrap", lambda *_: (0.0, 1.0))
     monkeypatch.setattr(metrics, "neighbour_distance", lambda points: torch.ones(len(points)))
     config = DiTConfig(hidden_size=8, depth=1, num_heads=1)
-    about = checkpoint.describe(ShortcutDiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "none", 0, 1.0)
+    about = checkpoint.describe(ShortcutDiT, config, Diffusion("flow", "x0"), dataset.DIGITS, "MNIST", 0, 1.0)
     checkpoint.save(tmp_path / "fast.safetensors", about, ShortcutDiT(config).state_dict())
     result = run("steps", "--checkpoint", "fast.safetensors", "--count", 20, "--device", "cpu")
     assert [point["nfe"] for point in result["sweep"]] == [1, 2, 4, 8, 16, 32]

@@ -1,8 +1,9 @@
-"""Measure generated digits at several settings of the sampler: quality against cost, as a table and a picture.
+"""Measure generated images at several settings of the sampler: quality against cost, as a table and a picture.
 
     python tools/sweep.py steps --count 2000
     python tools/sweep.py guidance
     python tools/sweep.py sampler
+    python tools/sweep.py steps --checkpoint runs/my-images-1 --dataset my-images
 """
 
 import argparse
@@ -17,9 +18,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
+from classifier import DataReference  # noqa: E402
 from cli import Parser, UsageError, output_path, run_script  # noqa: E402
-from evaluate import MAX_COUNT, add_measure_flags, open_digits_model, sample_digits  # noqa: E402
-from metrics import Reference, labels_as_in, measure  # noqa: E402
+from evaluate import (  # noqa: E402
+    add_measure_flags,
+    labels_to_sample,
+    load_real,
+    open_reference,
+    sample_images,
+    samples_shape,
+)
+from metrics import measure  # noqa: E402
+from model_flags import open_model  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
 from shortcut import STEP_COUNTS, ShortcutModel  # noqa: E402
 
@@ -33,12 +43,14 @@ SWEEPS = {
         for n in counts
     ]),
 }
+MEASURES = {"accuracy": ".2%", "rho, classifier": ".2f", "rho, random": ".2f"}  # of the table, where there are classes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError."""
-    parser = Parser("sweep.py", "Measure generated MNIST digits at several settings of the sampler.")
+    parser = Parser("sweep.py", "Measure generated images at several settings of the sampler.")
     parser.add_argument("what", choices=SWEEPS, help="what to vary")
+    parser.set_defaults(also=[])  # which is for evaluate.py
     add_measure_flags(parser)
     args = parser.parse_args(argv)
     flag, points = SWEEPS[args.what]
@@ -59,43 +71,49 @@ def nfe(trained: TrainedModel, settings: dict) -> int:
 
 
 def measure_points(
-    args: argparse.Namespace, trained: TrainedModel, labels: Tensor, reference: Reference, save: Callable
+    args: argparse.Namespace, trained: TrainedModel, labels: Tensor, reference: DataReference, save: Callable
 ) -> list[dict]:
     """Measure at each point, print a table line by line, and save(results so far) after each line."""
     results, (flag, points) = [], SWEEPS[args.what]
     if isinstance(trained, ShortcutModel):
         points = [dict(steps=n) for n in STEP_COUNTS]
-    print(f"| {flag} | NFE | seconds for {len(labels):,} | accuracy | rho, classifier | rho, random |")
-    print("|---|---|---|---|---|---|", flush=True)
+    intended = labels if trained.description["classes"] else None
     for options in points:
         settings = {**trained.settings, **options}
         name = " ".join(str(value) for value in options.values())
-        images, seconds = sample_digits(trained, labels, args.batch_size, progress=f"{args.what} {name}", **options)
-        table = measure(images, labels, reference, args.against.replace("-", "_"))
+        images, seconds = sample_images(trained, labels, args.batch_size, progress=f"{args.what} {name}", **options)
+        table = measure(images, intended, reference, args.against)
+        columns = [row for row in MEASURES if row in table]
+        if not results:
+            print(f"| {flag} | NFE | seconds for {len(labels):,} | {' | '.join(columns)} |")
+            print("|---" * (3 + len(columns)) + "|")
         results.append(dict(name=name, **settings, nfe=nfe(trained, settings), seconds=seconds, numbers=table))
-        rho = [table[f"rho, {space}"]["generated"] for space in ("classifier", "random")]
-        line = f"| {name} | {results[-1]['nfe']} | {seconds:.1f} | {table['accuracy']['generated']:.2%}"
-        print(f"{line} | {rho[0]:.2f} | {rho[1]:.2f} |", flush=True)
+        values = [format(table[row]["generated"], MEASURES[row]) for row in columns]
+        print(f"| {name} | {results[-1]['nfe']} | {seconds:.1f} | {' | '.join(values)} |", flush=True)
         save(results)
     return results
 
 
 def plot(what: str, results: list[dict], path: Path) -> None:
-    """Two panels, rho and accuracy: against the NFE, or against the guidance scale."""
+    """Two panels, rho and, where it was measured, accuracy: against the NFE, or against the guidance scale."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
+    panels = ["rho (1: real images)", "accuracy, %"][: 1 + ("accuracy" in results[0]["numbers"])]
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     x = "guidance" if what == "guidance" else "nfe"
     label = "guidance scale" if what == "guidance" else "NFE: calls of the network for an image"
     for sampler in sorted({r["sampler"] for r in results}):
         points = [r for r in results if r["sampler"] == sampler]
         for space, line in (("classifier", "o-"), ("random", "o:")):
+            if f"rho, {space}" not in results[0]["numbers"]:
+                continue
             rho = [r["numbers"][f"rho, {space}"]["generated"] for r in points]
             axes[0].plot([r[x] for r in points], rho, line, label=f"{sampler}, {space} features")
-        accuracy = [100 * r["numbers"]["accuracy"]["generated"] for r in points]
-        axes[1].plot([r[x] for r in points], accuracy, "o-", label=sampler)
-    for axis, name in zip(axes, ("rho (1: real images)", "accuracy, %"), strict=True):
+        if len(panels) == 2:
+            accuracy = [100 * r["numbers"]["accuracy"]["generated"] for r in points]
+            axes[1].plot([r[x] for r in points], accuracy, "o-", label=sampler)
+    for axis, name in zip(axes, panels, strict=True):
         axis.set(xlabel=label, ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -116,16 +134,20 @@ def sweep(args: argparse.Namespace) -> Path:
     picture = path.with_suffix(".png")
     if picture.exists():
         raise UsageError(f"{picture} is there already: give another name by --output, or remove it first")
-    reference, trained = Reference(), open_digits_model(args)
+    trained = open_model(args)
     if isinstance(trained, ShortcutModel) and args.what != "steps":
         raise UsageError("distilled weights have one sampler and no guidance: sweep steps")
     most = max(options.get("steps", 1) for options in SWEEPS[args.what][1])
     if most > trained.diffusion.T:
         raise UsageError(f"this sweep goes to {most} steps, and the model knows {trained.diffusion.T}: sweep guidance")
-    labels = labels_as_in(reference.tensors[f"labels.{args.against.replace('-', '_')}"], args.count or MAX_COUNT)
+    reference = open_reference(args, *load_real(args, samples_shape(trained), trained.description))
+    labels = labels_to_sample(args, trained, reference)
+    against = args.against.replace("_", "-")
+    for note in reference.notes:
+        print(note)
 
     def save(results: list[dict]) -> None:
-        content = json.dumps(dict(checkpoint=str(args.checkpoint), against=args.against, sweep=results), indent=1)
+        content = json.dumps(dict(checkpoint=str(args.checkpoint), against=against, sweep=results), indent=1)
         checkpoint.write_whole(path, lambda file: file.write(content.encode()))
 
     plot(args.what, measure_points(args, trained, labels, reference, save), picture)

@@ -1,4 +1,4 @@
-"""Train the classifier that metrics.py uses.
+"""Train the classifier of MNIST, by which evaluate.py measures digits. (For other data, evaluate.py trains one itself.)
 
     python tools/train_classifier.py                         write its two files in assets/ anew
     python tools/train_classifier.py --npz samples.npz       train one on samples, to see what they teach
@@ -8,55 +8,23 @@ beside it, of one that was trained on as many real images.
 """
 
 import sys
-from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 import dataset  # noqa: E402
 import metrics  # noqa: E402
+from classifier import Classifier, RandomFeatures, features, fit  # noqa: E402
 from cli import Parser, UsageError, run_script  # noqa: E402
-from evaluate import read_npz  # noqa: E402
-from metrics import Classifier, RandomFeatures, features, mean_distance  # noqa: E402
+from evaluate import choose, read_npz  # noqa: E402
+from metrics import mean_distance  # noqa: E402
 from sampling import seeded  # noqa: E402
 
 HELD_OUT = 10_000  # training images that are kept from the classifier, to tune on and to compare with
-
-
-def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 10 degrees (0.175), sheared and scaled by up to 10 %, and moved by up to 2 pixels."""
-    u = torch.rand(6, len(x), generator=generator) * 2 - 1
-    angle, shear, sx, sy = u[0] * 0.175, u[1] * 0.1, 1 + 0.1 * u[2], 1 + 0.1 * u[3]
-    # The unit of affine_grid is 14 pixels, so 1/7 of it are 2 pixels.
-    top = torch.stack([sx * angle.cos(), shear - angle.sin(), u[4] / 7], 1)
-    bottom = torch.stack([shear + angle.sin(), sy * angle.cos(), u[5] / 7], 1)
-    coordinates = F.affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, coordinates, align_corners=False) - 1  # it fills in 0, so 0 must be black
-
-
-def fit(pixels: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 128, seed: int = 0) -> Classifier:
-    """A classifier of images (N, 1, 28, 28), uint8, trained with random distortions."""
-    torch.manual_seed(seed)
-    model, generator = Classifier().to(memory_format=torch.channels_last), seeded(seed, 1)
-    steps = epochs * len(labels) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    indices = islice(dataset.index_batches(len(labels), batch_size, seed, 0), steps)
-    for index in tqdm(indices, total=steps, desc="classifier", unit="step", leave=False, dynamic_ncols=True):
-        x = jitter(dataset.to_float(pixels[index]), generator).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
 
 
 def accuracy(classifier: Classifier, images: dataset.Images) -> float:
@@ -66,7 +34,7 @@ def accuracy(classifier: Classifier, images: dataset.Images) -> float:
 
 def train_on_samples(path: Path, train: dataset.Images, test: dataset.Images) -> None:
     """Print the accuracy of a classifier that is trained on the samples in `path`, and on as many real images."""
-    images, labels = read_npz(path, None)
+    images, labels = choose(path, *read_npz(path), count=None)
     if labels is None:
         raise UsageError(f"{path} has no labels to train on: write it with inference.py --npz")
     some = torch.randperm(len(train.labels), generator=seeded(0, 1))[: len(images)]
@@ -102,7 +70,7 @@ def write_files(train: dataset.Images, test: dataset.Images) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Raises UsageError, DataError."""
-    parser = Parser("train_classifier.py", "Train the classifier of evaluate.py. Writes its files in assets/.")
+    parser = Parser("train_classifier.py", "Train the classifier of MNIST. Writes its files in assets/.")
     parser.add_argument("--npz", type=Path, metavar="FILE", help="train on these samples, and write no file")
     parser.add_argument("--data-dir", default="data", help="where MNIST is, or is downloaded to (default: data)")
     args = parser.parse_args(argv)
