@@ -24,7 +24,7 @@ from tqdm.contrib.concurrent import thread_map
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 RUN_FILES = {"log.jsonl", "checkpoint.safetensors", "checkpoint.pt"}  # a folder with one of these is a run
 OUTPUT_FILE = re.compile(
-    r"(denoising|evaluation|grid|guidance|interpolation|latents|sweep-\w+|trajectory)-\d+\.(gif|json|npz|png)"
+    r"(denoising|evaluation|grid|guidance|interpolation|latents|samples|sweep-\w+|trajectory)-\d+\.(gif|json|npz|png)"
 )
 
 

@@ -285,8 +285,8 @@ def test_bad_requests_are_refused_before_any_work(weights, monkeypatch, tmp_path
     np.savez("number.npz", arr_0=np.uint8(3))
     state = checkpoint.load(weights)
     flow = state | dict(diffusion=dict(schedule="flow", prediction="v", timesteps=50))
-    weights = flow.pop("ema")
-    checkpoint.save(tmp_path / "flow.safetensors", flow, weights)
+    tensors = flow.pop("ema")
+    checkpoint.save(tmp_path / "flow.safetensors", flow, tensors)
     config = DiTConfig(image_size=8, patch_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=2)
     about = checkpoint.describe(DiT, config, Diffusion(), ("a", "b"), "others", 0, 1.0)
     checkpoint.save(tmp_path / "others.safetensors", about, DiT(config).state_dict())
@@ -358,7 +358,9 @@ def untrained(tmp_path_factory):
     def make(classes: tuple[str, ...] = COLOURS, **shape) -> Path:
         shape = dict(image_size=8, patch_size=4, in_channels=3) | shape
         config = DiTConfig(hidden_size=8, depth=1, num_heads=1, num_classes=len(classes), **shape)
-        about = checkpoint.describe(DiT, config, Diffusion("linear", "eps", 20), classes, "120 images of discs", 0, 1.0)
+        makes = "images" if config.in_channels == 3 else "latents"
+        process = Diffusion("linear", "eps", 20)
+        about = checkpoint.describe(DiT, config, process, classes, "120 images of discs", 0, 1.0, makes=makes)
         path = tmp_path_factory.mktemp("untrained") / "weights.safetensors"
         checkpoint.save(path, about, DiT(config).state_dict())
         return path
