@@ -131,6 +131,8 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
     if not isinstance(sys.stderr, Output):
         sys.stderr = Output(sys.stderr)
     warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a script sets it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     sys.unraisablehook = repeat_signal
     try:

@@ -19,9 +19,13 @@ it does when the student is sampled from (DMD2, section 4.5). A real image with 
 
 import argparse
 import copy
+import signal
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 from torch import Tensor, nn

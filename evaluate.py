@@ -13,9 +13,13 @@ classifier. tools/sweep.py measures at several numbers of steps.
 
 import argparse
 import json
+import signal
 import time
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import numpy as np
 import torch

@@ -12,9 +12,13 @@ Python, checkpoint.load_model(path).sample([3, 1, 4]) is enough. tools/sample_np
 
 import argparse
 import math
+import signal
 import warnings
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 from torch import Tensor

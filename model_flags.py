@@ -1,7 +1,6 @@
 """The flags for weights, sampler and labels, which all commands share that sample."""
 
 import argparse
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def open_model(args: argparse.Namespace) -> TrainedModel:
         args.checkpoint = find_checkpoint(args.sampler)
         kind = {BUNDLED_WEIGHTS: "the bundled weights", DISTILLED_WEIGHTS: "the distilled weights"}
         if RANK == 0:
-            print(f"weights: {args.checkpoint}, {kind.get(args.checkpoint, 'the newest run')}", file=sys.stderr)
+            print(f"weights: {args.checkpoint}, {kind.get(args.checkpoint, 'the newest run')}", flush=True)
     trained = load_model(args.checkpoint, pick_device(args.device), args.model)
     T, distilled = trained.diffusion.T, isinstance(trained, ShortcutModel)
     args.sampler = args.sampler or trained.settings["sampler"]

@@ -61,6 +61,7 @@ def add_run_flags(parser: Parser) -> None:
     flag = parser.group("data")
     flag("--dataset", None, f"{', '.join(dataset.DATASETS)}, mnist-5000 (5,000 digits that need no network), or a "
          "folder of images (default: mnist; where it cannot be had, mnist-5000); or latents, see latents.py")
+    flag("--flip", False, "mirror images left to right at random; not for digits and letters")
     flag("--vae", None, "for latents, the autoencoder that decodes samples, a folder or name (default: none)")
     flag("--data-dir", "data", "where data sets are, or are downloaded to")
     flag = parser.group("run")
@@ -203,7 +204,7 @@ class RunDir:
         return self.signal > 0
 
     def count(self, measured: dict[str, Tensor], lr: float) -> None:
-        """One step more is done. measured: what train.Trainer.step returns, lr: its learning rate."""
+        """One step more is done. measured: what train.Trainer.step returns, and more numbers. lr: the learning rate."""
         self.step += 1
         self.log.add(measured, lr)
         if self.device.type == "cpu":

@@ -23,6 +23,9 @@ TIMED_STEPS = 100       # after which --minutes becomes a number of steps
 TRAINING_TIME = 0.85    # the fraction of a run's time that its steps take; the rest is for checkpoints and samples
 BINS = 5                # of timesteps, in which the log has the loss: 0 to 20% of T, 20 to 40%, ...
 
+# Where images are held out: losses of the averaged weights, and what they are called in loss.png.
+HELD_OUT = {"training_images": "average, training images", "held_out_images": "average, held-out images"}
+
 
 class Log:
     """log.jsonl in the folder of a run, the same for TensorBoard, and a progress bar. Process 0 writes.
@@ -39,9 +42,10 @@ class Log:
 
     def add(self, measured: dict[str, Tensor], lr: float) -> None:
         """Count a step. measured: tensors that are read later, the losses (b,) of this process's images, their
-        timesteps t_of_T (b,) as a fraction of T, and gradient_norm. lr: the learning rate
+        timesteps t_of_T (b,) as a fraction of T, gradient_norm, and whatever numbers there are. lr: the learning rate
         """
-        self.pending.append((measured["losses"], measured["t_of_T"], measured["gradient_norm"], lr))
+        losses, times, norm = (measured.pop(name) for name in ("losses", "t_of_T", "gradient_norm"))
+        self.pending.append((losses, times, norm, dict(lr=lr, **measured)))
         self.step += 1
         self.bar.update()
         if self.step % LOG_EVERY == 0:
@@ -103,10 +107,10 @@ class Log:
 
 
 def log_entries(
-    done: int, losses: list[Tensor], times: list[Tensor], norms: list[Tensor], rates: list[float]
+    done: int, losses: list[Tensor], times: list[Tensor], norms: list[Tensor], numbers: list[dict[str, float]]
 ) -> list[dict]:
     """The lines of the log after `done` steps. For each step there are the losses (b,) of this process's images, their
-    timesteps over T, (b,), the norm of the gradient and the learning rate.
+    timesteps over T, (b,), the norm of the gradient and other numbers.
 
     All are read together, so that a GPU is waited for once. The loss of a batch is the mean over the processes.
     """
@@ -121,11 +125,11 @@ def log_entries(
         dist.all_reduce(sums)
         means /= WORLD
     by_bin = (sums[0] / sums[1]).view(-1, BINS).tolist()  # without images it is not a number
-    columns = zip(means.tolist(), norms.tolist(), rates, by_bin, strict=True)
+    columns = zip(means.tolist(), norms.tolist(), by_bin, numbers, strict=True)
     return [
-        dict(step=n, loss=loss, gradient_norm=norm, lr=lr,
+        dict(step=n, loss=loss, gradient_norm=norm, **others,
              loss_by_timestep=[round(x, 6) if math.isfinite(x) else None for x in by_bin])
-        for n, (loss, norm, lr, by_bin) in enumerate(columns, done + 1)
+        for n, (loss, norm, by_bin, others) in enumerate(columns, done + 1)
     ]
 
 
@@ -182,6 +186,10 @@ def plot_loss(folder: Path) -> None:
     whole, parts = figure.subplots(1, 2)
     whole.plot(steps, losses, alpha=0.3, linewidth=0.5, label="each batch")
     whole.plot(steps, centred_median(losses), label="centred median")
+    for name, label in HELD_OUT.items():
+        some = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if some:
+            whole.plot(*zip(*some, strict=True), "o-", markersize=3, label=label)
     for i in range(BINS):
         some = [(n, entry["loss_by_timestep"][i]) for n, entry in zip(steps, entries, strict=True)
                 if "loss_by_timestep" in entry and entry["loss_by_timestep"][i] is not None]

@@ -11,6 +11,10 @@ run with its log and checkpoints, signals, several processes.
 
 import argparse
 import copy
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import torch
 from PIL import Image
@@ -197,6 +201,21 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             return self.diffusion.training_loss(self.ddp_model, x0, y, to_device(t, self.device), eps)
 
+    @torch.no_grad()
+    def average_loss(self, images: Images, count: int = 500) -> float:
+        """The mean loss of the averaged weights for `count` of the images, with the same timesteps and noise each time.
+        Where there are fewer, each is taken several times.
+
+        Where it is higher for images that were held out than for training images, the network begins to overfit.
+        """
+        n, args, generator = len(images.labels), self.args, seeded(0, 0)
+        t = sample_timesteps(count, self.diffusion.T, args.timestep_distribution, generator, args.timestep_mean)
+        eps = torch.randn(count, *self.shape, generator=generator)
+        some = torch.randperm(max(n, count), generator=generator)[:count] % n
+        x0, y = dataset.to_float(images.pixels[some]), images.labels[some]
+        x0, y, t, eps = (values.to(self.device) for values in (x0, y, t, eps))
+        return self.diffusion.training_loss(self.ema, x0, y, t, eps).mean().item()
+
     def state(self) -> dict:
         """All weights and optimizer states. Random numbers need not be kept, since they follow from the step."""
         optimizers = optimizer_states(self.optimizers)
@@ -241,14 +260,18 @@ def sample_picture(trained: TrainedModel, batch_size: int) -> Image.Image:
     return grid(trained.to_images(trained.sample(labels, batch_size)), columns=10)
 
 
-def train(trainer: Trainer, run: RunDir, data: Images, what: str) -> int:
+def train(trainer: Trainer, run: RunDir, data: Images, what: str, held_out: Images | None = None) -> int:
     """Train to the last step, or until a signal asks the run to stop. Returns the exit status.
 
     run.step counts the steps that are done, and a run that is resumed begins where it was. `run` writes the files.
-    what: what is trained, in words
+    what:     what is trained, in words
+    held_out: images that are not trained on, whose loss is logged now and then
     """
     args = trainer.args
-    batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device)
+    batches = dataset.batches(data, args.batch_size, args.seed, run.step, RANK, WORLD, trainer.device, args.flip)
+
+    def is_due(step: int) -> bool:
+        return step > 0 and (step == args.steps or step % args.save_every == 0)
 
     def picture() -> Image.Image:
         trained = trainer.trained_model(data)
@@ -258,7 +281,7 @@ def train(trainer: Trainer, run: RunDir, data: Images, what: str) -> int:
     with run.recording(trainer.describe(data), announcement(trainer, run, data, what)):
         run.save(trainer.state)                              # at once, so that a full disk shows now
         while True:
-            if run.step and (run.step == args.steps or run.step % args.save_every == 0):
+            if is_due(run.step):
                 run.save(trainer.state)
                 run.save_samples(picture)
             if run.step == args.steps or run.asked_to_stop():
@@ -266,6 +289,9 @@ def train(trainer: Trainer, run: RunDir, data: Images, what: str) -> int:
             x0, y = next(batches)                            # (b, C, S, S) in [-1, 1], and (b,)
             lr = learning_rate(run.step, args)
             measured = trainer.step(run.step, x0, y, lr)
+            if held_out and is_due(run.step + 1):
+                images = dict(training_images=data, held_out_images=held_out)
+                measured |= {name: trainer.average_loss(some) for name, some in images.items()}
             run.count(measured, lr)                          # and log them, now and then
             if args.steps is None:                           # --minutes becomes a number of steps
                 args.steps = run.log.steps_within(args.minutes, trainer.step_time)
@@ -286,7 +312,11 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) 
         guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
     data = run.load_data(state["config"]["image_size"] if state else args.image_size)
     config = DiTConfig(**state["config"]) if state else network_config(args, data, "model" in run.given)
-    return train(trainer_class(config, args, run.device, state), run, data, args.model)
+    held_out = None
+    if not data.name and not data.pixels.is_floating_point():  # images of one's own
+        data, held_out = dataset.hold_out(data)
+    trainer = trainer_class(config, args, run.device, state)
+    return train(trainer, run, data, args.model, held_out if held_out and len(held_out.labels) else None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Claims about training: it is resumed to the bit, in one process or several, and loses nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -555,3 +556,41 @@ def test_where_the_output_is_no_terminal_a_line_a_minute_is_enough(images, tmp_p
     assert run(*arguments) == 0
     lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "step/s" in line]
     assert 0 < len(lines) <= 2 + (time.monotonic() - begin) / 60, lines
+
+
+@pytest.mark.usefixtures("small_network")
+def test_the_log_has_the_loss_by_timestep(images, tmp_path):
+    """Each step's loss is the mean over its images, of which each is in one of five intervals of t."""
+    run("--dataset", images, *TINY, "--batch-size", 20, "--steps", 3, "--timestep-distribution", "uniform",
+        "--run-dir", tmp_path / "run")
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)  # evenly spread timesteps, so four of the 20 are in each interval
+        assert sum(entry["loss_by_timestep"]) / 5 == pytest.approx(entry["loss"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("small_network")
+def test_images_of_ones_own_are_held_out_and_their_loss_is_logged(images, tmp_path):
+    run("--dataset", images, *TINY, "--steps", 4, "--save-every", 2, "--run-dir", tmp_path / "run")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = [entry["step"] for entry in entries if {"training_images", "held_out_images"} <= entry.keys()]
+    assert logged == [2, 4]
+    assert checkpoint.load(tmp_path / "run")["data"].startswith("57 of 60 images")
+
+
+def test_a_network_that_knows_its_images_by_heart_has_a_higher_loss_for_others(images, tmp_path, monkeypatch):
+    arguments = ["--dataset", images, *TINY, "--batch-size", 57, "--lr", 1e-2, "--steps", 400, "--save-every", 400]
+    run(*arguments, "--run-dir", tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_images"] > 1.02 * last["training_images"]
+
+
+@pytest.mark.usefixtures("small_network")
+def test_flipped_images_are_other_images_and_resume_to_the_bit(images, tmp_path, monkeypatch):
+    arguments = ["--dataset", images, *TINY, "--steps", 6, "--flip"]
+    run(*arguments, "--run-dir", tmp_path / "whole")
+    run(*arguments[:-1], "--run-dir", tmp_path / "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr("rundir.RunDir.asked_to_stop", lambda self: self.step == 3)
+        run(*arguments, "--run-dir", tmp_path / "parts")
+    assert run("--resume", tmp_path / "parts") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") != losses(tmp_path / "plain")
