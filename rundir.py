@@ -169,7 +169,9 @@ class RunDir:
                 signal.signal(number, handler)
             if self.log:
                 self.log.close()
-            self.remove_unused_folder()
+            if self.file_lock:
+                self.file_lock.release()
+                self.remove_unused_folder()
 
     def make_folder(self) -> None:
         is_new = self.saved_at < 0
@@ -184,8 +186,7 @@ class RunDir:
 
     def remove_unused_folder(self) -> None:
         """Remove the folder of a new run that could not write its first checkpoint, so that it can begin anew."""
-        if self.file_lock and self.saved_at < 0:
-            self.file_lock.release()
+        if self.saved_at < 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def on_signal(self, number: int, frame: object) -> None:

@@ -125,5 +125,5 @@ def weights(tmp_path_factory):
     config = dit.DiTConfig(hidden_size=8, depth=1, num_heads=1)
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     about = checkpoint.describe(dit.DiT, config, Diffusion("linear", "eps", 50), dataset.DIGITS, "none", 0, 1.5)
-    checkpoint.save_weights(path, dit.DiT(config).state_dict(), about)
+    checkpoint.save(path, about, dit.DiT(config).state_dict())
     return path
