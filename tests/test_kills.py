@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import checkpoint
+from checkpoint import RUN_FILE, WEIGHTS_FILE
 from conftest import ROOT, TINY, assert_equal_states, run_script
 
 pytestmark = pytest.mark.slow
@@ -80,12 +81,12 @@ def wait_until(moment: str, folder: Path, pid: int, rng: random.Random) -> None:
             if time.monotonic() > begin + rng.uniform(0, 0.6) or folder.exists():
                 return
         elif moment == "save":
-            if (folder / "checkpoint.pt.partial").exists() and len(list(folder.glob("samples/*.png"))) >= saves:
+            if (folder / f"{RUN_FILE}.partial").exists() and len(list(folder.glob("samples/*.png"))) >= saves:
                 return
         elif moment == "grid":
             log, pictures = folder / "log.jsonl", len(list(folder.glob("samples/*.png")))
             logged = log.read_bytes().count(b"\n") if log.exists() else 0
-            between = logged == 6 * (pictures + 1) and not (folder / "checkpoint.pt.partial").exists()
+            between = logged == 6 * (pictures + 1) and not (folder / f"{RUN_FILE}.partial").exists()
             if between and pictures >= saves:
                 return
         elif time.monotonic() > deadline:
@@ -98,7 +99,7 @@ def check_files(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.suffix == ".png":
             Image.open(path).load()
-        elif path.suffix in (".pt", ".safetensors"):
+        elif path.suffix == ".safetensors":
             checkpoint.load(path)
 
 
@@ -116,16 +117,17 @@ def test_a_killed_run_is_resumed_to_the_bit(images, start, tmp_path, request):
         status = wait()
         assert status in (0, -kill, 128 + kill)
         check_files(folder)
-        if (folder / "checkpoint.pt").exists():
+        if (folder / RUN_FILE).exists():
             _, wait = start("--resume", folder)
-            assert wait() in ((0, 2) if (folder / "weights.safetensors").exists() else (0,))
+            assert wait() in ((0, 2) if (folder / WEIGHTS_FILE).exists() else (0,))
         else:  # nothing was begun
             assert not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text()
             folder = tmp_path / f"{number}-again"
             _, wait = start(*arguments, folder)
             assert wait() == 0
         assert_equal_states(checkpoint.load(folder), whole)
-        for name in ("log.jsonl", "weights.safetensors", *(f"samples/step_{n:07d}.png" for n in range(6, 19, 6))):
+        pictures = [f"samples/step_{n:07d}.png" for n in range(6, 19, 6)]
+        for name in ("log.jsonl", "settings.json", WEIGHTS_FILE, *pictures):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (name, moment, kill)
         assert not list(folder.rglob("*.partial"))
         key = f"{moment}, {kill.name}, {'killed' if status else 'finished before'}"
@@ -159,6 +161,28 @@ def test_of_two_processes_one_is_killed_and_the_other_stops_and_says_so(images, 
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_states(checkpoint.load(tmp_path / "killed"), checkpoint.load(tmp_path / "whole"))
     assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(images, tmp_path, ignored):
+    """As Ctrl-C is in a shell's background jobs. The other one stops the run and saves it, as always."""
+    other = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[ignored]
+    for number, status, steps in ((ignored, 0, 40), (other, 128 + other, 10**6)):
+        folder = tmp_path / number.name
+        words = ["--dataset", images, *TINY, "--steps", steps, "--save-every", 10**6, "--run-dir", folder]
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN),
+        )
+        while not (folder / RUN_FILE).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        for _ in range(3):
+            process.send_signal(number)
+            time.sleep(0.01)
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == status and "Traceback" not in error
+        assert (folder / WEIGHTS_FILE).exists() == (number == ignored)
 
 
 LOST = """
