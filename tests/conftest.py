@@ -124,10 +124,6 @@ def weights(tmp_path_factory):
     """A network of MNIST's shape that was never trained."""
     config = dit.DiTConfig(hidden_size=8, depth=1, num_heads=1)
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-<<<<<<< HEAD
     about = checkpoint.describe(dit.DiT, config, Diffusion("linear", "eps", 50), dataset.DIGITS, "0 of MNIST", 0, 1.5)
-=======
-    about = checkpoint.describe(dit.DiT, config, Diffusion("linear", "eps", 50), dataset.DIGITS, "none", 0, 1.5)
->>>>>>> files
     checkpoint.save(path, about, dit.DiT(config).state_dict())
     return path

@@ -353,7 +353,7 @@ def runs(state: dict) -> list[dict]:
 @pytest.fixture
 def quick(monkeypatch):
     """The images of a folder are read without threads, which take long to begin."""
-    monkeypatch.setattr("dataset.thread_map", lambda work, items, **_: [work(item) for item in items])
+    monkeypatch.setattr("folders.thread_map", lambda work, items, **_: [work(item) for item in items])
 
 
 @pytest.mark.slow
@@ -362,16 +362,6 @@ def test_no_wrong_run_is_resumed(good, tmp_path, capsys):
     cases, path = runs(checkpoint.load(good)), tmp_path / RUN_FILE
     assert len(cases) >= 200
     for case in cases:
-<<<<<<< HEAD
-        torch.save(case, tmp_path / "checkpoint.pt")
-        content = (tmp_path / "checkpoint.pt").read_bytes()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("folders.thread_map", lambda work, items, **_: [work(item) for item in items])
-            refused(lambda: train.main(["--resume", str(tmp_path), "--steps", "5", "--device", "cpu"]), capsys)
-        assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", ".lock"}
-        assert content == (tmp_path / "checkpoint.pt").read_bytes()
-    assert len(cases) >= 130
-=======
         content = forge(path, case)
         refused(lambda: train.main(["--resume", str(tmp_path), "--steps", "5", "--device", "cpu"]), capsys)
         assert {file.name for file in tmp_path.iterdir()} <= {RUN_FILE, ".lock"} and path.read_bytes() == content
@@ -396,7 +386,6 @@ def test_a_setting_that_no_flag_has_is_named_in_one_line_and_left_out(good, tmp_
     assert status == 0 and "train.py has no flags for these settings" in warning and "surprise" in warning
     assert len(warning) < 1000 and "\x1b" not in "".join(lines)
     assert settings.keys() - checkpoint.load(tmp_path)["settings"].keys() == {"\x1b[2Jsurprise\n", "a" * 10**5}
->>>>>>> files
 
 
 WATCHED = """
