@@ -81,7 +81,7 @@ class Diffusion:
                 (arXiv 2202.00512), and by tau for flow, where they are -1 and 1.
     timesteps:  T; t is in 0 ... T - 1
     device:     that of the images
-    min_snr:    weight the loss by min(SNR, min_snr), see `loss_divisor`
+    min_snr:    weight the loss by min(SNR, min_snr), see `loss_weight`
 
     Raises ValueError for other names, and for T below 2.
     """
@@ -119,7 +119,7 @@ class Diffusion:
             sigma=torch.tensor(self.sigma, dtype=torch.float64),
             d_alpha=d_alpha, d_sigma=d_sigma, x_factor=x_factor, out_factor=out_factor,
         )
-        self.tables["loss_divisor"] = self.loss_divisor(min_snr)
+        self.tables["loss_weight"] = self.loss_weight(min_snr)
 
     def add_tables(self, **tables: Tensor) -> None:
         """Keep tables of one number a timestep, (T,) or longer, as float32 on the device."""
@@ -149,12 +149,12 @@ class Diffusion:
         return self.loss(out, x0, x_t, t, eps)                   # (B,)
 
     def loss(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of what the network predicts at x_t, (B,): the squared error, over `loss_divisor`."""
+        """The loss of what the network predicts at x_t, (B,): the squared error, times `loss_weight`."""
         error = out - self.target(x0, t, eps)
-        return error.square().flatten(1).mean(1) / self.tables["loss_divisor"][t]
+        return self.tables["loss_weight"][t] * error.square().flatten(1).mean(1)
 
-    def loss_divisor(self, min_snr: float | None) -> Tensor:
-        """What the squared error is divided by at each timestep, (T,).
+    def loss_weight(self, min_snr: float | None) -> Tensor:
+        """The weight of the squared error at each timestep, (T,).
 
         It is 1, as in DDPM's L_simple, except for a predicted x0. There, timesteps of little noise, at which x0 is easy
         to see, would hardly count. So the loss is that of the v which x0_hat implies: v_hat - v is (x0 - x0_hat) /
@@ -165,9 +165,9 @@ class Diffusion:
         """
         alpha, sigma = self.tables["alpha"][:-1], self.tables["sigma"][:-1]
         if min_snr is not None:
-            return 1 / ((alpha / sigma).square().clamp(max=min_snr) * self.tables["out_factor"].square())
+            return (alpha / sigma).square().clamp(max=min_snr) * self.tables["out_factor"].square()
         if self.prediction == "x0":
-            return sigma.clamp(min=0.05).square()
+            return 1 / sigma.clamp(min=0.05).square()
         return torch.ones_like(sigma)
 
     # ------------------------------------------------------------------------------------------- the reverse process
