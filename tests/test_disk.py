@@ -111,7 +111,8 @@ def test_a_full_disk_leaves_no_half_of_a_picture_or_array(images, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dataset", str(images), *TINY, "--steps", "1", "--run-dir", "run"]) == 0
     before = contents(tmp_path)
-    words, kinds = ["--checkpoint", "run", "--steps", "2"], (["--gif"], ["--trajectory"], ["--interpolate", "0", "1"], [])
+    words = ["--checkpoint", "run", "--steps", "2"]
+    kinds = [["--gif"], ["--trajectory"], ["--interpolate", "0", "1"], ["--from", "run/samples/step_0000001.png"], []]
     every = [partial(inference.generate, inference.parse_args([*words, *kind])) for kind in kinds]
     for work in (*every, lambda: sample_npz.main(["many.npz", *words])):
         with room_for(60):

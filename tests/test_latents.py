@@ -6,15 +6,18 @@ import torch
 from PIL import Image
 
 import checkpoint
+import cli
 import dataset
 import distill
 import encode
 import inference
 import latents
+import sample_npz
 import train
 from cli import UsageError
 from conftest import losses
 from dataset import DataError
+from sampling import image_noise, to_uint8
 
 SMALL = ["--model", "DiT-N/4", "--batch-size", "8", "--no-compile", "--device", "cpu"]
 
@@ -50,9 +53,13 @@ def latent_run(encoded, vae, tmp_path_factory):
 
 
 def sample(folder, output, *words) -> Image.Image | dict:
-    arguments = ["--checkpoint", folder, "--steps", 2, "--device", "cpu", "--output", output, *words]
-    path = inference.generate(inference.parse_args([str(word) for word in arguments]))
-    return dict(np.load(path)) if path.suffix == ".npz" else Image.open(path)
+    """What inference.py makes, or for an .npz tools/sample_npz.py."""
+    arguments = ["--checkpoint", folder, "--steps", 2, "--device", "cpu", *words]
+    if output.suffix == ".npz":
+        sample_npz.main([str(word) for word in [output, *arguments]])
+        return dict(np.load(output))
+    args = inference.parse_args([str(word) for word in [*arguments, "--output", output]])
+    return Image.open(inference.generate(args))
 
 
 def test_latents_are_those_of_the_autoencoder(encoded, vae, images):
@@ -66,14 +73,14 @@ def test_latents_are_those_of_the_autoencoder(encoded, vae, images):
     autoencoder = AutoencoderKL.from_pretrained(vae)
     pixels = dataset.from_folder(images, 32).pixels[:1].expand(1, 3, 32, 32)
     posterior = autoencoder.encode(dataset.to_float(pixels)).latent_dist
-    noise = inference.image_noise(0, range(1), (4, 8, 8), "cpu")()
+    noise = image_noise(0, range(1), (4, 8, 8), "cpu")()
     expected = (posterior.mean + posterior.std * noise - 0.5) * autoencoder.config.scaling_factor
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
     decoded = autoencoder.decode(first / autoencoder.config.scaling_factor + 0.5).sample.clamp(-1, 1)
     torch.testing.assert_close(latents.Autoencoder(vae).decode(first), decoded, rtol=1e-4, atol=1e-5)
 
 
-def test_an_encoding_that_was_stopped_continues(encoded, vae, images, tmp_path, monkeypatch):
+def test_an_encoding_that_was_stopped_continues(encoded, vae, images, tmp_path, monkeypatch, capsys):
     words = [str(images), "--vae", vae, "--output", str(tmp_path / "new.npz"), "--image-size", "32",
              "--batch-size", "25", "--device", "cpu"]
     calls, read = [], encode.read_images
@@ -84,13 +91,16 @@ def test_an_encoding_that_was_stopped_continues(encoded, vae, images, tmp_path, 
             raise KeyboardInterrupt
         return read(paths, *options)
 
+    def status(*more: str) -> int | None:
+        with pytest.raises(SystemExit) as caught:
+            cli.run_script(lambda: print(encode.encode(encode.parse_args([*words, *more]))))
+        return caught.value.code
+
     monkeypatch.setattr(encode, "read_images", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        encode.encode(encode.parse_args(words))
+    assert status() == 130
     assert sorted(p.name for p in (tmp_path / "new.npz.parts").iterdir()) == ["000000000.npy", "about.json"]
-    with pytest.raises(UsageError, match="of another command"):
-        encode.encode(encode.parse_args([*words, "--seed", "1"]))
-    encode.encode(encode.parse_args(words))
+    assert status("--seed", "1") == 2 and "of another command" in capsys.readouterr().err
+    assert status() is None
     assert calls == [25, 25, 25, 10]
     with np.load(tmp_path / "new.npz") as new, np.load(encoded) as whole:
         assert all(np.array_equal(new[name], whole[name]) for name in ("arr_0", "labels", "classes"))
@@ -99,7 +109,7 @@ def test_an_encoding_that_was_stopped_continues(encoded, vae, images, tmp_path, 
 
 def test_a_run_on_latents_shows_decoded_samples_and_is_resumed(latent_run, encoded):
     state = checkpoint.load(latent_run)
-    assert state["config"]["in_channels"] == 4 and state["config"]["image_size"] == 8
+    assert state["makes"] == "latents" and state["config"]["in_channels"] == 4 and state["config"]["image_size"] == 8
     assert state["classes"] == ["dark", "grey", "light"] and state["data"] == "60 latents of digits.npz"
     picture = Image.open(latent_run / "samples" / "step_0000004.png")
     assert picture.size[0] == (10 * 34 + 2) * 2 and picture.mode == "RGB"  # 32 pixels, twice as large
@@ -125,12 +135,14 @@ def test_samples_are_decoded(latent_run, vae, tmp_path):
     assert grid.size == ((2 * 34 + 2) * 2, (34 + 2) * 2)
     path = sample(latent_run, tmp_path / "path.png", "--vae", vae, "--labels", "dark", "--trajectory")
     assert path.size[0] == (3 * 34 + 2) * 2
-    arrays = sample(latent_run, tmp_path / "latents.npz", "--labels", "dark", "--per-class", 2)
-    assert arrays["arr_0"].shape == (2, 4, 8, 8) and arrays["arr_0"].dtype == np.float32
-    words = ["--checkpoint", latent_run, "--steps", 2, "--npz", tmp_path / "images.npz", "--count", 3, "--vae", vae]
-    inference.generate(inference.parse_args([str(word) for word in words]))
-    with np.load(tmp_path / "images.npz") as file:
-        assert file["arr_0"].shape == (3, 32, 32, 3) and file["arr_0"].dtype == np.uint8
+    arrays = sample(latent_run, tmp_path / "latents.npz", "--count", 4)
+    assert arrays["arr_0"].shape == (4, 4, 8, 8) and arrays["arr_0"].dtype == np.float32
+    assert arrays["labels"].tolist() == [0, 1, 2, 0]
+    images = sample(latent_run, tmp_path / "images.npz", "--count", 4, "--vae", vae)["arr_0"]
+    assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
+    decoded = latents.Autoencoder(vae).decode(torch.from_numpy(arrays["arr_0"]))
+    difference = to_uint8(decoded).permute(0, 2, 3, 1).numpy().astype(int) - images
+    assert abs(difference).max() <= 1
 
 
 GOOD = dict(arr_0=np.zeros((6, 4, 8, 8), np.float32), labels=np.arange(6) % 3)
@@ -166,11 +178,14 @@ def test_what_does_not_fit_names_the_fix(latent_run, tiny_run, encoded, vae, ima
     AutoencoderKL(latent_channels=8, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "eight")
     np.savez(tmp_path / "good.npz", **GOOD)
     new = ["--dataset", str(encoded), *SMALL, "--steps", "1", "--run-dir", str(tmp_path / "run")]
+    decoded = (latent_run, tmp_path / "a.png", "--vae", vae)
+    monkeypatch.chdir(tmp_path)
     for work, fix in (
         (lambda: sample(latent_run, tmp_path / "a.png", "--vae", tmp_path / "eight"), "channels, and those of --vae 8"),
         (lambda: sample(latent_run, tmp_path / "a.png", "--vae", tmp_path / "none"), "name another by --vae"),
-        (lambda: sample(latent_run, tmp_path / "a.png", "--trajectory"), "use --vae"),
-        (lambda: sample(latent_run, tmp_path / "a.png", "--vae", vae, "--inpaint", "left", "x.png"), "no --inpaint"),
+        (lambda: sample(latent_run, tmp_path / "a.png", "--trajectory"), "makes latents: add --vae"),
+        (lambda: sample(*decoded, "--inpaint", "left", "x.png"), "add --vae, without --inpaint"),
+        (lambda: sample(*decoded, "--from", "x.png"), "without --inpaint or --from"),
         (lambda: sample(tiny_run, tmp_path / "a.png", "--vae", vae), "--vae is for latents: leave it out"),
         (lambda: train.main([*new, "--vae", str(tmp_path / "eight")]), "8 channels, and these are 60 latents"),
         (lambda: train.main([*new, "--image-size", "16"]), "leave --image-size out"),
