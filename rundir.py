@@ -248,6 +248,7 @@ class RunDir:
 
     def finish(self, weights: Callable[[], dict]) -> int:
         """Write weights.safetensors, or print how a run that was stopped can be resumed. Returns the exit status."""
+        self.log.close()
         stopped = self.args.steps is None or self.step < self.args.steps
         if RANK == 0 and stopped:
             quote = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])

@@ -299,7 +299,7 @@ def train(trainer: Trainer, run: RunDir, data: Images, what: str, held_out: Imag
                     args.minutes = None
                     run.save(trainer.state)
         run.save(trainer.state)
-    return run.finish(trainer.ema.state_dict)
+        return run.finish(trainer.ema.state_dict)            # here, since torchrun sends a signal twice
 
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) -> int:

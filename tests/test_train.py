@@ -538,6 +538,26 @@ def test_two_processes_compile_accumulate_and_stop_together(images, tmp_path):
     assert checkpoint.load(tmp_path / "run")["step"] == len(losses(tmp_path / "run"))
 
 
+SIGNALLED_AT_THE_END = """
+import os, signal, sys
+import rundir, train
+from cli import run_script
+
+finish = rundir.RunDir.finish
+rundir.RunDir.finish = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or finish(*args)
+run_script(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_comes_at_the_very_end_does_not_keep_the_run_from_its_last_words(images, tmp_path):
+    """torchrun sends each signal twice, and the second one may come when the run has stopped already."""
+    arguments = ["--dataset", images, *TINY, "--steps", 2, "--run-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = run_script("-c", SIGNALLED_AT_THE_END, *arguments, cwd=tmp_path, env=environment)
+    assert result.returncode == 0 and "checkpoint.safetensors" in result.stdout
+    assert (tmp_path / "run" / "weights.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_only_the_memory(images, tmp_path):
     base = ["--dataset", images, *TINY, "--steps", 8, "--precision", "bf16"]
