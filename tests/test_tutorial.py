@@ -23,7 +23,7 @@ def test_the_tutorial_and_its_solutions_run_from_top_to_bottom(monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     solutions = re.findall(r"<details>.*?```python\n(.*?)```.*?</details>", text, re.DOTALL)
-    assert len(solutions) == text.count("<details>") == 3
+    assert len(solutions) == text.count("<details>") == 5
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions]
     before = set(ROOT.iterdir())
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
