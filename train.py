@@ -102,6 +102,19 @@ def network_config(args: argparse.Namespace, data: Images, model_is_given: bool 
     return DiTConfig(**MODELS[args.model], **shape)
 
 
+def check_memory(config: DiTConfig, args: argparse.Namespace) -> None:
+    """Raises DataError where a training step on the CPU needs more memory than is free, by a low estimate.
+
+    For the backward pass a block keeps some 16 numbers of each token and unit of width, and the attention of each token
+    to each other, all of two bytes or more.
+    """
+    tokens, images = (config.image_size // config.patch_size) ** 2, args.batch_size // (WORLD * args.grad_accum_steps)
+    block = 2 * images * (16 * tokens * config.hidden_size + config.num_heads * tokens**2)
+    blocks = 1 if args.gradient_checkpointing else config.depth
+    fix = "raise --grad-accum-steps, lower --batch-size or --image-size, or take a --model of larger patches"
+    dataset.check_free(block * blocks, f"a training step of {images} images of {tokens:,} tokens", fix)
+
+
 class Trainer:
     """A network in training, its moving average, and its optimizers.
 
@@ -312,6 +325,8 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) 
         guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
     data = run.load_data(state["config"]["image_size"] if state else args.image_size)
     config = DiTConfig(**state["config"]) if state else network_config(args, data, "model" in run.given)
+    if run.device.type == "cpu":
+        check_memory(config, args)
     held_out = None
     if not data.name and not data.pixels.is_floating_point():  # images of one's own
         data, held_out = dataset.hold_out(data)

@@ -614,3 +614,11 @@ def test_flipped_images_are_other_images_and_resume_to_the_bit(images, tmp_path,
         run(*arguments, "--run-dir", tmp_path / "parts")
     assert run("--resume", tmp_path / "parts") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") != losses(tmp_path / "plain")
+
+
+def test_a_step_that_does_not_fit_in_memory_is_refused_before_anything_is_built(images, tmp_path):
+    """Linux would kill the process without a word."""
+    large = ["--dataset", images, "--image-size", 1024, "--model", "DiT-S/2", "--device", "cpu", "--batch-size", 64]
+    with pytest.raises(DataError, match=r"64 images of 262,144 tokens would take .* GiB .*: raise --grad-accum-steps"):
+        run(*large, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
