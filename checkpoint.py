@@ -64,7 +64,7 @@ def refusing(message: str, fix: str = "use a checkpoint as train.py wrote it") -
     """Inside, whatever is wrong with the content of a file is a CheckpointError: "MESSAGE (reason): FIX"."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MemoryError, PermissionError, torch.OutOfMemoryError, torch.AcceleratorError):  # not of the content
         raise
     except Exception as error:  # broken content can provoke any exception in PyTorch, safetensors and here
         if hasattr(error, "exit_status"):
@@ -256,8 +256,12 @@ def check(state: dict) -> None:
         if name not in state or not isinstance(state[name], kind):
             raise TypeError(f"its {name} is missing, or of another type")
     config, T, interval = state["config"], state["diffusion"]["timesteps"], state["guidance_interval"] or [0, 0]
-    if any(type(value) not in (int, float, bool, str, list, type(None)) for value in config.values()):
-        raise TypeError("its config is of other types")
+    plain = (int, float, bool, str, list, type(None))
+    if any(type(value) not in plain for value in (*config.values(), *state["diffusion"].values())):
+        raise TypeError("its config or diffusion is of other types")
+    for field in fields(DiTConfig):
+        if field.type in (int, bool) and type(config.get(field.name, field.default)) is not field.type:
+            raise TypeError(f"its {field.name} is not of the type {field.type.__name__}")
     unknown = config.keys() - {field.name for field in fields(DiTConfig)}
     if unknown:
         raise ValueError(f"dit.DiTConfig has no field {', '.join(sorted(unknown))}, and its network was built with it")
@@ -268,8 +272,8 @@ def check(state: dict) -> None:
     ]
     if not all(least <= value <= most for least, value, most in ranges):
         raise ValueError("its step, guidance, guidance_interval, timesteps, depth or data is out of range")
-    if type(low) is not int or type(high) is not int or state["makes"] not in ("images", "latents"):
-        raise ValueError("its guidance_interval or makes is not as described")
+    if {type(low), type(high), type(T)} != {int} or state["makes"] not in ("images", "latents"):
+        raise ValueError("its guidance_interval, timesteps or makes is not as described")
     number = DiTConfig(**config).num_classes
     if len(state["classes"]) != number or not all(type(name) is str for name in state["classes"]):
         raise ValueError(f"its classes are not {number} names")
@@ -326,7 +330,7 @@ def build(state: dict, device: torch.device | str = "cpu", network: type[DiT] | 
         model.load_state_dict(state["ema"])
         process = LearnedVariance if config.learn_sigma else Diffusion
         diffusion = process(**state["diffusion"], device=device)
-    description = {name: state[name] for name in ("format", *TYPES)}
+    description = dict(format=FORMAT, **{name: state[name] for name in TYPES})
     return kind(model.to(device).eval(), diffusion, description)
 
 

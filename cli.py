@@ -130,10 +130,11 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         sys.stdout = Output(sys.stdout)
     if not isinstance(sys.stderr, Output):
         sys.stderr = Output(sys.stderr)
-    warnings.showwarning = lambda message, *_: tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tqdm.write(one_line(f"{name}: warning: {message}"), file=sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a script sets it for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no half of a file is left
     sys.unraisablehook = repeat_signal
     try:
         check_environment()
@@ -146,11 +147,14 @@ def run_script(work: Callable[[], int | None], memory: str = "lower --batch-size
         status, message = explain(error, memory)
     finally:
         remove_empty()
-    # Names of files and classes may hold anything. What is printed is one line, and commands no terminal.
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    line = line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"  # a file can hold a name of any length
-    print(f"{name}: error: {line}", file=sys.stderr)
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def one_line(message: str) -> str:
+    """The message as one line that commands no terminal, since names of files and classes may hold anything."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    return line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"  # a file can hold a name of any length
 
 
 def explain(error: Exception, memory: str) -> tuple[int, str]:
@@ -235,7 +239,7 @@ class Parser(argparse.ArgumentParser):
         """The value of a flag, from a file. Raises ValueError where no command line could have given it."""
         action = next(action for action in self._actions if action.dest == name)
         values = value if action.nargs == "+" and type(value) is list else [value]
-        if value is None:
+        if value is None and self.defaults[name] is None:
             return None
         fits = all(type(v) in (int, float, str, bool) for v in values)
         try:

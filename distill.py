@@ -329,8 +329,8 @@ class DistillTrainer(Trainer):
     def load(self, state: dict) -> None:
         super().load(state)
         checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
+        load_optimizers(self.fake_optimizers, state.get("fake_optimizers"))
         self.fake.load_state_dict(state["fake"])
-        load_optimizers(self.fake_optimizers, state.get("fake_optimizers", {}))
 
     def describe(self, data: Images) -> dict:
         return {**super().describe(data), "teacher": self.teacher.description}

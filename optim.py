@@ -124,13 +124,30 @@ def optimizer_states(optimizers: list[torch.optim.Optimizer]) -> dict:
     return {str(i): {str(n): kept for n, kept in state.items()} for i, state in enumerate(states)}
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
-    """Restore what `optimizer_states` gave. Raises some exception where it is not finite, or of other shapes."""
-    for i, optimizer in enumerate(optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def states_after_a_step(optimizer: torch.optim.Optimizer) -> dict:
+    """What an optimizer keeps of each parameter once it has taken a step, here one of size 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.state_dict()["state"]
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: dict | None) -> None:
+    """Restore what `optimizer_states` gave, None where no step was taken. Call it before the weights are restored.
+
+    Raises some exception where it is not finite, or not what such optimizers keep.
+    """
+    for i, optimizer in enumerate(optimizers if saved is not None else []):
+        expected = states_after_a_step(optimizer)
         state = {int(n): kept for n, kept in saved.get(str(i), {}).items()}
+        if expected and not state:
+            raise ValueError("the state of an optimizer is missing")
         for n, kept in state.items():
-            for name, value in kept.items():
-                if value.shape not in (parameters[n].shape, ()) or not value.isfinite().all():
-                    raise ValueError(f"{name} of an optimizer is not of its parameter's shape, or not finite")
+            ours, theirs = ({name: (v.shape, v.dtype) for name, v in tensors.items()}
+                            for tensors in (expected.get(n, {}), kept))
+            if ours != theirs or not all(value.isfinite().all() for value in kept.values()):
+                raise ValueError("the state of an optimizer is not what it keeps of its parameters, or not finite")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import checkpoint
 import dataset
 from checkpoint import RUN_FILE, RUNS, WEIGHTS_FILE
-from cli import LOCAL_RANK, RANK, WORLD, Parser, UsageError, WorkError, number
+from cli import LOCAL_RANK, RANK, WORLD, Parser, UsageError, WorkError, number, one_line
 from latents import Autoencoder, load_latents
 from runlog import Log, plot_loss, read_log
 from speed import best_precision, threads
@@ -162,7 +162,7 @@ class RunDir:
         try:
             if RANK == 0:
                 self.make_folder()
-                print(f"{self.folder}: {announcement}", flush=True)
+                print(one_line(f"{self.folder}: {announcement}"), flush=True)
             self.log = Log(self.folder, self.step, self.args.steps, self.args.batch_size, self.diverged)
             yield
         finally:
@@ -304,6 +304,8 @@ def settings(
         args.steps = None
     elif args.steps:
         args.minutes = None
+    if not (args.steps or args.minutes):
+        raise UsageError("this run does not say how long it is: give it --steps")
     best = best_precision(device)
     if args.precision == "bf16" and best == "fp32" and "precision" not in given and device.type == "cpu":
         warnings.warn("this CPU only emulates bf16, with which the run began: --precision fp32 is faster", stacklevel=2)

@@ -240,9 +240,9 @@ class Trainer:
             raise ValueError("it describes another diffusion process")
         for name in ("model", "ema"):
             checkpoint.check_weights(self.network, self.config, state[name])
+        load_optimizers(self.optimizers, state.get("optimizers", {}) if state["step"] else None)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        load_optimizers(self.optimizers, state.get("optimizers", {}))
 
     def describe(self, data: Images) -> dict:
         makes = "latents" if data.pixels.is_floating_point() else "images"
