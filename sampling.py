@@ -235,13 +235,14 @@ class TrainedModel:
         return guide(self.model, labels.to(self.device), config.num_classes, scale, guidance_interval or (0, math.inf))
 
     def timesteps(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The timesteps at which a sampler calls the network. Raises ValueError for a number that is not possible."""
-        return from_strength(spaced_timesteps(self.diffusion.T, steps), strength)
+        """The timesteps at which a sampler calls the network, of so many `steps` from noise to image. With a strength
+        below 1 they begin at timestep strength * (T - 1), and are fewer in proportion.
 
-
-def from_strength(timesteps: list[int], strength: float) -> list[int]:
-    """Those of the timesteps that are at most `strength` (0 to 1) of the way to the noise, at least the last one."""
-    return [t for t in timesteps if t <= strength * timesteps[0]] or timesteps[-1:]
+        Raises ValueError for a number of steps that is not possible.
+        """
+        T = self.diffusion.T
+        whole, first = spaced_timesteps(T, steps), round(strength * (T - 1))
+        return whole if strength == 1 else spaced_timesteps(first + 1, min(max(1, round(strength * steps)), first + 1))
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit import DiT, DiTConfig, TimestepEmbedder
-from sampling import TrainedModel, ddim, from_strength
+from sampling import TrainedModel, ddim
 
 STEP_COUNTS = (1, 2, 4, 8, 16, 32)  # numbers of sampling steps that a shortcut model learns
 
@@ -68,4 +68,6 @@ class ShortcutModel(TrainedModel):
         return predict
 
     def timesteps(self, steps: int, strength: float = 1.0) -> list[int]:
-        return from_strength(shortcut_timesteps(self.diffusion.T, steps), strength)
+        """Those of its timesteps that are at most `strength` of the way to the noise: it has learned no others."""
+        timesteps = shortcut_timesteps(self.diffusion.T, steps)
+        return [t for t in timesteps if t <= strength * timesteps[0]] or timesteps[-1:]

@@ -297,7 +297,7 @@ def test_what_cannot_be_asked_for_names_the_fix(generate, arguments, fix, tmp_pa
 
 
 def test_an_image_to_complete_that_is_missing_is_named(generate):
-    with pytest.raises(DataError, match="cannot read the image nowhere.png"):
+    with pytest.raises(DataError, match="nowhere.png is not there"):
         generate("--inpaint", "left", "nowhere.png")
 
 

@@ -108,7 +108,8 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
 
 
 def test_every_flag_in_the_readme_exists():
-    helps = "".join(path.read_text() for folder in ("", "tools/", "tests/") for path in ROOT.glob(f"{folder}*.py"))
+    folders = ("", "tools/", "web/", "tests/")
+    helps = "".join(path.read_text() for folder in folders for path in ROOT.glob(f"{folder}*.py"))
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert flags
     for flag in flags:
@@ -124,6 +125,8 @@ def test_both_single_line_commands_make_their_own_environment():
 def test_the_file_map_names_every_file():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
         assert f"`{path.name}`" in README
+    for path in ROOT.glob("web/*.py"):
+        assert f"`web/{path.name}`" in README
 
 
 def test_each_file_imports_only_files_that_the_readme_names_before_it():
@@ -135,7 +138,7 @@ def test_each_file_imports_only_files_that_the_readme_names_before_it():
         modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         ours = modules & set(order)
         assert ours <= set(order[:i]), name
-        assert not ours & {"inference", "evaluate"} or name in ("evaluate", "export"), f"{name} imports a command line"
+        assert not ours & {"inference", "evaluate"} or name == "evaluate", f"{name} imports a command line"
         assert not ours or name not in ("dit", "diffusion", "folders", "optim", "speed"), f"{name} stands alone"
         assert ours <= {"folders"} or name != "dataset", "dataset needs only folders"
 

@@ -2,7 +2,8 @@
 // it. Each section loads the networks that it needs when it comes near.
 
 import {
-  Diffusion, PIXELS, dpm_solver, guide, image_noise, shortcut, shortcut_timesteps, slerp, spaced_timesteps,
+  Diffusion, PIXELS, dpm_solver, edit_timesteps, guide, image_noise, shortcut, shortcut_timesteps, slerp,
+  spaced_timesteps,
 } from "./diffusion.js";
 import { brush, decode, encode, normalized, paint } from "./drawing.js";
 import { bytes, frame, json, latest, load, once } from "./network.js";
@@ -25,11 +26,12 @@ const STATE = { // of each section, at first
   rows: { shared: 0 },
   guidance: { guided: 0, scale: 1, low: 0, high: 999 },  // the last three are the network's own, see start
   begin: { part: "UVWRYOcMfLjMnOpRrVrYpc", rest: 0 },    // an arc, as an example
+  sdedit: { sketch: "fPvwPwfP", strength: 0.75, under: 0 }, // a triangle
   look: { inside: 8, inside_t: 500, block: 2, patch: 5 },
 };
 const LARGEST = {
   label: 9, noise: SEEDS, x: 1, y: 1, real: 9, which: REAL - 1, t: 999, shared: SEEDS, guided: SEEDS, scale: 4,
-  low: 999, high: 999, rest: SEEDS, inside: 9, inside_t: 999, block: 4, patch: 15,
+  low: 999, high: 999, rest: SEEDS, strength: 1, under: SEEDS, inside: 9, inside_t: 999, block: 4, patch: 15,
 };
 const SECTION_OF = Object.fromEntries(
   Object.entries(STATE).flatMap(([section, keys]) => Object.keys(keys).map((key) => [key, section])));
@@ -48,7 +50,7 @@ function read_address() {
 }
 
 function fitting(key, value) {
-  const digits = ["x", "y", "scale"].includes(key) ? 1000 : 1;
+  const digits = ["x", "y", "scale", "strength"].includes(key) ? 1000 : 1;
   return clamp(Math.round(value * digits) / digits, 0, LARGEST[key]);
 }
 
@@ -93,7 +95,7 @@ function show_status(section) {
   const [name, ...what] = statuses[section.id] ?? [];
   const element = $(".status", section);
   element.textContent = name ? say(name, ...what) : "";
-  element.classList.toggle("failed", ["wasm", "missing", "damaged", "failed"].includes(name));
+  element.classList.toggle("failed", ["wasm", "missing", "other", "damaged", "failed"].includes(name));
 }
 
 function status(section, ...news) {
@@ -328,7 +330,7 @@ const sections = {
     const { T } = fast.diffusion;
     const timesteps = shortcut_timesteps(T, 4);
     const show_part = drawable($("#part"), "part");
-    const cells = $(".fives");
+    const cells = $("#begin .fives");
 
     // How badly the strokes fit each label, (10,): for each completed image, put under noise again, how black the
     // network expects it to be there. So strokes may be a pixel away from where it expects them. Of halves of real
@@ -365,6 +367,31 @@ const sections = {
       if (overtaken()) return;
       const errors = state.part ? await misfit(images, mask) : Array(10).fill(0);
       [...cells.children].forEach((cell, i) => cell.classList.toggle("unfit", errors[i] > UNFIT));
+    };
+  },
+
+  sdedit({ full }) {
+    const { diffusion, model, about } = full;
+    const show_sketch = drawable($("#sketch"), "sketch");
+    const predict = guide(model, DIGITS, about.num_classes, about.guidance, about.interval);
+    let shown;
+    return async (overtaken) => {
+      const { image } = brush(decode(state.sketch));
+      show_sketch(image);
+      const timesteps = edit_timesteps(diffusion.T, state.strength, 20);
+      $("#from").textContent = timesteps[0];
+      const wanted = `${state.sketch} ${state.strength} ${state.under}`;
+      if (shown === wanted) return; // only the pen has moved
+      const x_t = diffusion.q_sample(image, timesteps[0], image_noise(state.under)); // the same for all labels
+      let ms = 0;
+      for await (const x0_hat of dpm_solver(diffusion, predict, copies(x_t, 10), timesteps)) {
+        ms += model.ms;
+        paint_all($("#sdedit .fives"), x0_hat);
+        await frame();
+        if (overtaken()) return;
+      }
+      $("#sdedit-ms").textContent = milliseconds(ms);
+      shown = wanted;
     };
   },
 
@@ -425,10 +452,12 @@ function fail(section, { reason = "failed", what, message }) {
 async function start() {
   for (const strip of $$(".strip")) strip.innerHTML = "<canvas></canvas>".repeat(10);
   for (const labels of $$(".labels")) labels.innerHTML = DIGITS.map((i) => `<span>${i}</span>`).join("");
-  $(".fives").innerHTML = DIGITS.map((i) =>
-    `<figure><canvas></canvas><figcaption>${i}
-    <span class="why"><span lang="en">does not fit</span><span lang="zh">不合</span></span></figcaption></figure>`,
-  ).join("");
+  for (const fives of $$(".fives")) {
+    fives.innerHTML = DIGITS.map((i) => `<figure><canvas></canvas><figcaption>${i}</figcaption></figure>`).join("");
+  }
+  for (const caption of $$("#begin .fives figcaption")) {
+    caption.innerHTML += '<span class="why"><span lang="en">does not fit</span><span lang="zh">不合</span></span>';
+  }
 
   const about = await json("full.json").catch(() => null); // where it is missing, the sections that need it say so
   if (about) {
@@ -454,7 +483,7 @@ async function start() {
     const key = button.dataset.next;
     button.onclick = () => (key === "which" ? choose("real", state.real) : set({ [key]: (state[key] + 1) % SEEDS }));
   }
-  $("#clear").onclick = () => set({ part: "" });
+  for (const button of $$("[data-clear]")) button.onclick = () => set({ [button.dataset.clear]: "" });
   $("#language").onclick = () => { set({ lang: state.lang === "en" ? "zh" : "en" }); show_language(); };
   $("#theme").onclick = () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark"

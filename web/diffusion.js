@@ -8,7 +8,8 @@
 export const PIXELS = 28 * 28;
 
 const map = (f, ...arrays) => Float32Array.from(arrays[0], (_, i) => f(...arrays.map((array) => array[i])));
-export const clip = (x0_hat) => x0_hat.map((v) => Math.min(1, Math.max(-1, v)));
+const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
+export const clip = (x0_hat) => x0_hat.map((v) => clamp(v, -1, 1));
 
 // ----------------------------------------------------------------------------------------------------- noise schedules
 // Each returns the lists [alpha, sigma] of T numbers.
@@ -80,9 +81,16 @@ export function guide(model, y, null_class, scale = 1, interval = null) {
 const pairwise = (timesteps) => timesteps.map((t, i) => [t, timesteps[i + 1] ?? -1]);
 
 export const spaced_timesteps = (T, steps) =>
-  range(steps).map((i) => (steps === 1 ? T - 1 : round((T - 1) * (1 - i / (steps - 1)))));
+  range(steps).map((i) => (steps === 1 ? T - 1 : round(((T - 1) * (steps - 1 - i)) / (steps - 1))));
 
 export const shortcut_timesteps = (T, steps) => range(steps).map((i) => round((T * (steps - i)) / steps) - 1);
+
+// SDEdit (arXiv 2108.01073) does not begin with noise, but with an image under the noise of timestep t, the first of these:
+// strength, 0 to 1, is how far t is up to T - 1. It takes this part of the `steps` from T - 1, at least one.
+export function edit_timesteps(T, strength, steps) {
+  const t = round(strength * (T - 1));
+  return spaced_timesteps(t + 1, clamp(round(strength * steps), 1, t + 1));
+}
 
 export function ddim_step(diffusion, x_t, x0_hat, t, s) {
   const { alpha, sigma } = diffusion;

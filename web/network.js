@@ -15,6 +15,7 @@ export class Failure extends Error {
 async function request(url) {
   const response = await fetch(url).catch(() => null);
   if (!response?.ok) throw new Failure("missing", url);
+  if (response.headers.get("content-type")?.includes("text/html")) throw new Failure("other", url);
   return response;
 }
 
@@ -42,14 +43,17 @@ const runtime = once(async (progress) => {
   const code = `${RUNTIME}ort.wasm.bundle.min.mjs`;
   const ort = await import(code).catch(() => { throw new Failure("missing", code); });
   ort.env.wasm.numThreads = 1; // more would need special headers of the server
-  ort.env.wasm.wasmBinary = await bytes(`${RUNTIME}ort-wasm-simd-threaded.wasm`, (sum) => progress("runtime", sum));
+  const url = `${RUNTIME}ort-wasm-simd-threaded.wasm`;
+  const binary = await bytes(url, (sum) => progress("runtime", sum));
+  if (String.fromCharCode(...binary.subarray(0, 4)) !== "\0asm") throw new Failure("other", url);
+  ort.env.wasm.wasmBinary = binary;
   return ort;
 });
 
 // One network computes at a time, since there is one thread.
 let running = Promise.resolve();
 
-// A network that export.py wrote: what it says of itself, and what to call.
+// A network that web/export.py wrote: what it says of itself, and what to call.
 //
 // model(x, t, y, d) -> out, as in diffusion.js; model.ms is how long the last call took.
 // maps(x, t, y) -> [out, maps], with the attention maps (B, depth, heads, N, N).

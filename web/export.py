@@ -1,11 +1,12 @@
 """Export trained networks to ONNX, and make of them a page on which they run in the reader's browser.
 
-    python export.py                                    make the page, in web-build/, a folder for any web server
-    python export.py --serve                            and show it, at http://127.0.0.1:8000
-    python export.py --serve --checkpoint runs/mnist-1  with a network of your own
+    python web/export.py                                    make the page, in web-build/, a folder for any web server
+    python web/export.py --serve                            and show it, at http://127.0.0.1:8000
+    python web/export.py --serve --checkpoint runs/mnist-1  with a network of your own
 
-Needs `pip install onnx onnxscript onnxruntime`. The page itself is in web/. Two networks run on it: the bundled one,
-which samples in 20 steps, and the distilled one. A checkpoint of your own takes the place of the one of its kind.
+Needs `pip install onnx onnxscript onnxruntime`. The files of the page stand beside this one. Two networks run on it:
+the bundled one, which samples in 20 steps, and the distilled one. A checkpoint of your own takes the place of the one
+of its kind.
 
 ONNX is a file format for networks: a graph of elementary operations, and the weights. PyTorch runs the network once on
 symbolic tensors to record the graph. It is compared with the network itself before it is used.
@@ -13,8 +14,10 @@ symbolic tensors to record the graph. It is compared with the network itself bef
 
 import functools
 import http.server
+import io
 import json
-import shutil
+import shlex
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -23,12 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, load_model
-from cli import Parser, UsageError, number, run_script
-from dataset import bundled_digits
-from dit import Attention
-from sampling import TrainedModel, grid, image_noise
-from shortcut import ShortcutModel
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint  # noqa: E402
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, load_model  # noqa: E402
+from cli import Parser, UsageError, number, run_script  # noqa: E402
+from dataset import bundled_digits  # noqa: E402
+from dit import Attention  # noqa: E402
+from sampling import TrainedModel, grid, image_noise  # noqa: E402
+from shortcut import ShortcutModel  # noqa: E402
 
 try:
     import onnx
@@ -37,7 +43,8 @@ try:
 except ImportError:
     onnx = None
 
-WEB = Path(__file__).parent / "web"
+WEB = Path(__file__).parent
+MADE_BY = "web/export.py"  # in full.json, by which the folder of an earlier export is recognised
 DIGITS_A_CLASS = 5  # real digits on the page
 SIZE = 28           # pixels of an image on the page
 TOLERANCE = 1e-2    # of what an exported network predicts: rounding to float16 moves x0_hat by a few thousandths,
@@ -119,37 +126,65 @@ def largest_error(trained: TrainedModel, file: bytes) -> float:
     return max(float(np.abs(a - b.numpy()).max()) for a, b in zip((out, maps), expected, strict=True))
 
 
-def save_network(trained: TrainedModel, path: Path) -> None:
-    """Write a network as path.onnx, and what the page has to know of it as path.json.
+def network_files(name: str, trained: TrainedModel) -> dict[str, bytes]:
+    """The files of a network: NAME.json, what the page has to know of it, and NAME.onnx.
 
-    Raises FloatingPointError where the file predicts something else than the network.
+    Raises FloatingPointError where the ONNX file predicts something else than the network.
     """
     config, file = trained.model.config, to_onnx(trained)
     error = largest_error(trained, file)
     if not error < TOLERANCE:
-        raise FloatingPointError(f"{path}.onnx differs by {error:.0e} from the network: try another version of onnx")
-    path.with_suffix(".onnx").write_bytes(file)
+        raise FloatingPointError(f"{name}.onnx differs by {error:.0e} from the network: try another version of onnx")
     about = dict(
-        **trained.diffusion.config, guidance=trained.settings["guidance"], bytes=len(file),
+        **trained.diffusion.config, guidance=trained.settings["guidance"], bytes=len(file), made_by=MADE_BY,
         interval=trained.settings["guidance_interval"], num_classes=config.num_classes,
         patch_size=config.patch_size, depth=config.depth, num_heads=config.num_heads,
     )
-    path.with_suffix(".json").write_text(json.dumps(about))
-    print(f"{path}.onnx: {len(file) / 1e6:.1f} MB, at most {error:.0e} from what PyTorch predicts", flush=True)
+    print(f"{name}.onnx: {len(file) / 1e6:.1f} MB, at most {error:.0e} from what PyTorch predicts", flush=True)
+    return {f"{name}.json": json.dumps(about).encode(), f"{name}.onnx": file}
+
+
+def poster(full: TrainedModel) -> bytes:
+    """A picture of x_t from noise to a digit, as a PNG file, for the eye while the networks load."""
+    path, label = [], torch.tensor([min(3, full.model.config.num_classes)])
+    full.sample(label, 1, callback=lambda t, x_t, x0_hat: path.append(x_t[0]))
+    file = io.BytesIO()
+    grid(torch.stack(path[1::2]), columns=10, gap=0).save(file, "PNG")
+    return file.getvalue()
+
+
+def page_files(networks: dict[str, TrainedModel]) -> dict[str, bytes]:
+    """All files of the page by name: the networks, the files beside this one, and some real digits class by class."""
+    files = {}
+    for name, trained in networks.items():
+        files |= network_files(name, trained)
+    files |= {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in (".html", ".css", ".js")}
+    digits = bundled_digits()
+    some = torch.cat([digits.pixels[digits.labels == label][:DIGITS_A_CLASS] for label in range(10)])
+    return files | {"digits.bin": some.numpy().tobytes(), "poster.png": poster(networks["full"])}
+
+
+def check_output(folder: Path) -> None:
+    """Raises UsageError unless a folder is new, empty, or one that an earlier export made, see MADE_BY."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    with suppress(OSError, ValueError):
+        about = json.loads((folder / "full.json").read_bytes())
+        if isinstance(about, dict) and about.get("made_by") == MADE_BY:
+            return
+    raise UsageError(f"{folder} is not an earlier export: give a new or an empty folder as --output")
 
 
 def save_page(folder: Path, networks: dict[str, TrainedModel]) -> None:
-    """Write the page: what is in web/, the networks, and some real digits as bytes, class by class."""
-    shutil.copytree(WEB, folder, dirs_exist_ok=True)
-    digits = bundled_digits()
-    some = torch.cat([digits.pixels[digits.labels == label][:DIGITS_A_CLASS] for label in range(10)])
-    (folder / "digits.bin").write_bytes(some.numpy().tobytes())
-    path, full = [], networks["full"]  # x_t from noise to a digit, for the eye while the networks load
-    label = torch.tensor([min(3, full.model.config.num_classes)])
-    full.sample(label, 1, callback=lambda t, x_t, x0_hat: path.append(x_t[0]))
-    grid(torch.stack(path[1::2]), columns=10, gap=0).save(folder / "poster.png")
-    for name, trained in networks.items():
-        save_network(trained, folder / name)
+    """Write the page. Nothing is written before all networks are exported, and full.json is written first.
+
+    networks: "full", which samples in 20 steps, first, and "fast", which is distilled
+
+    Raises OSError, which names the file, where the disk is full or may not be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in page_files(networks).items():
+        checkpoint.write_whole(folder / name, lambda file, content=content: file.write(content))
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -182,12 +217,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("export.py", "Make a page on which trained networks run in the browser.")
     parser.add_argument("--checkpoint", type=Path, help="your own network, a file or the folder of a run, in place of "
                         "the bundled one of its kind")
-    parser.add_argument("--output", type=Path, default=Path("web-build"), help="the page's folder (default: web-build)")
+    parser.add_argument("--output", type=Path, default=Path("web-build"), help="the page's folder: a new or an empty "
+                        "one, or that of an earlier export (default: web-build)")
     parser.add_argument("--serve", action="store_true", help="serve the page to this machine's browser")
     parser.add_argument("--port", type=number(int, 0, 65535), default=8000, help="(default: 8000)")
     args = parser.parse_args(argv)
     if onnx is None:
         raise UsageError("the export needs three more packages: pip install onnx onnxscript onnxruntime")
+    check_output(args.output)
     networks = {}
     for path in filter(None, (BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, args.checkpoint)):
         trained = load_model(path)
@@ -199,6 +236,9 @@ def main(argv: list[str] | None = None) -> None:
     if server:
         print(f"the page is at http://127.0.0.1:{server.server_port} until Ctrl-C", flush=True)
         server.serve_forever()
+    else:
+        command = shlex.join(["python", "-m", "http.server", "--directory", str(args.output)])
+        print(f"the page is in {args.output}. To open it, add --serve, or run {command} and open http://localhost:8000")
 
 
 if __name__ == "__main__":
