@@ -7,6 +7,7 @@ outputs/classifiers/ under the fingerprint of the images. Some images are kept o
 The other network, of random filters, is not trained, and so needs no classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -106,17 +107,23 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fit(
-    pixels: Tensor, labels: Tensor, classes: int = 10, epochs: float = 10, batch_size: int = 128, seed: int = 0
+    pixels: Tensor, labels: Tensor, some: Tensor | None = None, classes: int = 10, epochs: float = 10,
+    batch_size: int = 128, seed: int = 0,
 ) -> Classifier:
-    """A classifier of images (N, C, S, S), uint8, trained with random distortions."""
+    """A classifier of images (N, C, S, S), uint8, and their labels (N,), trained with random distortions.
+
+    some: indices (n,) of the images to train on (default: all)
+    """
+    some = torch.arange(len(labels)) if some is None else some
     torch.manual_seed(seed)
     _, C, S, _ = pixels.shape
     model, generator = Classifier(C, S, classes).to(memory_format=torch.channels_last), seeded(seed, 1)
-    steps = max(1, int(epochs * len(labels)) // batch_size)
+    steps = max(1, int(epochs * len(some)) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    indices = islice(dataset.index_batches(len(labels), batch_size, seed, 0), steps)
-    for index in tqdm(indices, total=steps, desc="classifier", unit="step", leave=False, dynamic_ncols=True):
+    batches = islice(dataset.index_batches(len(some), batch_size, seed, 0), steps)
+    for batch in tqdm(batches, total=steps, desc="classifier", unit="step", leave=False, dynamic_ncols=True):
+        index = some[batch]
         x = jitter(dataset.to_float(pixels[index]), generator).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()
@@ -179,7 +186,7 @@ def classifier_of(images: Images, index: Tensor) -> tuple[Classifier, Path]:
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)  # before the work, in case it may not be written
         epochs = min(MAX_EPOCHS, SEEN / len(index))
-        trained = fit(images.pixels[index], images.labels[index], len(images.classes), epochs)
+        trained = fit(images.pixels, images.labels, index, len(images.classes), epochs)
         checkpoint.save(path, about, trained.state_dict())
     with checkpoint.refusing(f"{path} is damaged", "remove it, and the classifier is trained anew"):
         state = checkpoint.read_safetensors(path)
@@ -212,7 +219,7 @@ class DataReference:
         kept, rest = kept_out(train, 1 if test else 2)
         held = [replace(train, pixels=train.pixels[index], labels=train.labels[index]) for index in kept]
         real = dict(test=test, held_out=held[0]) if test else dict(held_out=held[0], others=held[1])
-        self.classes, self.parts, self.notes = train.classes, tuple(real), []
+        self.classes, self.parts, path = train.classes, tuple(real), None
         self.networks = dict(random=RandomFeatures(train.pixels.shape[1]))
         if train.classes:
             classifier, path = classifier_of(train, rest)
@@ -220,14 +227,18 @@ class DataReference:
         self.tensors = {f"labels.{part}": images.labels for part, images in real.items()}
         for space, network in self.networks.items():
             self.tensors |= {f"{space}.{part}": features(network, images.pixels) for part, images in real.items()}
-        source, n = train.source, f"{len(kept[0]):,}"
-        if train.classes:
-            right = classifier.head(self.tensors["classifier.held_out"]).argmax(1) == held[0].labels
-            self.notes.append(f"The classifier was trained on {len(rest):,} of the {source}, and is right on "
-                              f"{right.double().mean():.2%} of {n} others. It is kept in {path}.")
+        self.notes = [*self.remarks(train.source, len(rest), path)]
+
+    def remarks(self, source: str, trained_on: int, path: Path | None) -> Iterator[str]:
+        """The notes: how good the classifier is and where it is kept, and what stands in for test images."""
+        labels = self.tensors["labels.held_out"]
+        if self.classes:
+            right = self.networks["classifier"].head(self.tensors["classifier.held_out"]).argmax(1) == labels
+            yield (f"The classifier was trained on {trained_on:,} of the {source}, and is right on "
+                   f"{right.double().mean():.2%} of {len(labels):,} others. It is kept in {path}.")
         else:
-            self.notes.append("The images have no classes, so only random features are compared.")
-        if not test:
-            self.notes.append(f"There are no test images. Samples are compared with {n} of the {source}, and {n} "
-                              "others give the values of real images. A copy of a training image counts as a good "
-                              "sample: look for copies by --also memorization.")
+            yield "The images have no classes, so only random features are compared."
+        if "test" not in self.parts:
+            yield (f"There are no test images. Samples are compared with {len(labels):,} of the {source}, and as many "
+                   "others give the values of real images. A copy of a training image counts as a good sample: look "
+                   "for copies by --also memorization.")

@@ -34,7 +34,7 @@ from metrics import Reference, Table, bits_per_dimension, labels_as_in, measure,
 from model_flags import add_model_flags, open_model
 from sampling import TrainedModel, seeded, to_uint8
 
-MNIST = (1, 28, 28)              # the shape of its images
+MNIST = (1, 28, 28)                # the shape of its images
 BUNDLED = ("mnist", "mnist-5000")  # the data sets whose reference is in assets/
 
 
@@ -126,7 +126,7 @@ def name_of_data(args: argparse.Namespace, description: dict | None) -> str:
     data = description["data"]
     if tuple(description["classes"]) == DIGITS and "MNIST" in data.upper().split():
         return "mnist"
-    raise UsageError(f"this model was trained on {data}, not on MNIST: name these images by --dataset FOLDER")
+    raise UsageError(f"this model was trained on {data}, not on MNIST: name these images by --dataset FOLDER or NAME")
 
 
 def load_real(
@@ -138,13 +138,14 @@ def load_real(
     UsageError, DataError.
     """
     name, train, test = name_of_data(args, description), None, None
-    if args.also or name not in BUNDLED or shape != MNIST:
+    bundled = name in BUNDLED and shape == MNIST
+    if args.also or not bundled:
         load = partial(dataset.load, name, args.data_dir, shape[-1], download=bool(args.dataset))
         train, test = load(), load(train=False) if name in DATASETS else None
-        C = train.pixels.shape[1]
-        if shape[0] != C:
-            raise UsageError(f"the {train.source} have {C} channels, and the samples {shape[0]}: give their data set")
-        if not test and ("bits" in args.also or args.against == "test" and name not in BUNDLED):
+        if train.pixels.shape[1] != shape[0]:
+            kinds = ("grey", "in colour") if shape[0] == 3 else ("in colour", "grey")
+            raise UsageError(f"the {train.source} are {kinds[0]}, and the samples {kinds[1]}: name their own --dataset")
+        if not test and ("bits" in args.also or args.against == "test" and not bundled):
             raise UsageError(f"{name} has no test images: leave out --also bits and --against test")
     classes = train.classes if train else DIGITS
     known = [str(i) for i in range(len(classes))] if args.model else list(classes)  # official weights number them
@@ -209,6 +210,20 @@ def format_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def also(
+    args: argparse.Namespace, trained: TrainedModel | None, images: Tensor, train: Images | None, test: Images | None,
+    picture: Path,
+) -> Table:
+    """The measures of these samples that --also asks for."""
+    table = {}
+    if "memorization" in args.also:
+        table |= memorization(images, train.pixels, test and test.pixels, picture)
+    if "bits" in args.also:
+        labels = test.labels if trained.description["classes"] else torch.zeros_like(test.labels)
+        table |= bits_per_dimension(trained.model, trained.diffusion, test.pixels, labels)
+    return table
+
+
 def evaluate(args: argparse.Namespace) -> Path:
     """Measure what the command line asks for, and print it. Returns the path of the JSON file.
 
@@ -238,13 +253,8 @@ def evaluate(args: argparse.Namespace) -> Path:
         labels = labels_to_sample(args, trained, reference)
         images, about["seconds"] = sample_images(trained, labels, args.batch_size)
         labels = labels if description["classes"] else None
-    table = measure(images, labels, reference, args.against)
-    if "memorization" in args.also:
-        table |= memorization(images, train.pixels, test and test.pixels, picture)
-    if "bits" in args.also:
-        known = test.labels if description["classes"] else torch.zeros_like(test.labels)
-        table |= bits_per_dimension(trained.model, trained.diffusion, test.pixels, known)
-    result = dict(about, count=len(images), against=args.against.replace("_", "-"), numbers=table)
+    table = measure(images, labels, reference, args.against) | also(args, trained, images, train, test, picture)
+    result = dict(about, count=len(images), against=args.against, numbers=table)
     if reference.notes:
         result |= dict(dataset=args.dataset or train.name, classes=reference.classes, notes=reference.notes)
     if trained:
@@ -252,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     content = json.dumps(result, indent=1).encode()
     checkpoint.write_whole(args.output, lambda file: file.write(content))
     how = ", ".join(f"{name} {value:.1f}" if name == "seconds" else f"{name} {value}" for name, value in about.items())
-    what = f"{len(images):,} images against the {result['against']} images; {how}"
+    what = f"{len(images):,} images against the {args.against.replace('_', '-')} images; {how}"
     print(what, format_table(table), *reference.notes, sep="\n")
     if picture.exists():
         print(picture)

@@ -379,7 +379,7 @@ def test_own_images_are_measured_by_a_classifier_that_is_trained_once(
     monkeypatch.setattr(classifier, "CACHE", Path("new") / "classifiers")
     words = ["--checkpoint", untrained(), "--dataset", discs, "--steps", 2, "--device", "cpu"]
     result = run(*words)
-    assert result["count"] == 30 and result["against"] == "held-out" and result["classes"] == list(COLOURS)
+    assert result["count"] == 30 and result["against"] == "held_out" and result["classes"] == list(COLOURS)
     assert len(result["numbers"]["accuracy by class"]["real"]) == 3
     assert result["numbers"]["accuracy"]["real"] > 0.9
     assert min(result["numbers"][f"rho, {space}"]["generated"] for space in ("classifier", "random")) > 3  # of noise
@@ -527,23 +527,25 @@ def test_what_does_not_fit_the_data_is_refused_before_any_work(
     discs, pictures, images, untrained, elsewhere, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "DataReference", None)
+    np.savez("digits.npz", arr_0=np.zeros((30, 32, 32), np.uint8))
     np.savez("wide.npz", np.zeros((30, 8, 9, 3), np.uint8))
     np.savez("labels.npz", arr_0=np.zeros((30, 8, 8, 3), np.uint8), labels=np.full(30, 3))
     np.savez("few.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     np.savez("grey.npz", arr_0=np.zeros((30, 8, 8), np.uint8))
     model = ["--checkpoint", untrained(), "--steps", 2, "--device", "cpu"]
     for arguments, message in (
-        (model, "trained on 120 images of discs, not on MNIST: name these images by --dataset FOLDER"),
+        (model, "trained on 120 images of discs, not on MNIST: name these images by --dataset FOLDER or NAME"),
         ([*model, "--dataset", "nowhere"], "no data set or folder 'nowhere'"),
-        ([*model, "--dataset", images], "have 1 channels, and the samples 3"),
+        ([*model, "--dataset", images], "are grey, and the samples in colour: name their own --dataset"),
         ([*model, "--dataset", discs, "--against", "test"], "has no test images: leave out"),
         ([*model, "--dataset", discs, "--also", "bits"], "has no test images: leave out"),
         (["--checkpoint", untrained(("a", "b", "c")), "--dataset", discs], "classes of .* are not those of this model"),
         (["--checkpoint", untrained(in_channels=4), "--dataset", discs], "makes latents: add --vae"),
         (["--npz", "wide.npz", "--dataset", discs], "give uint8 square images"),
-        (["--npz", "grey.npz", "--dataset", discs], "have 3 channels, and the samples 1"),
+        (["--npz", "grey.npz", "--dataset", discs], "are in colour, and the samples grey"),
         (["--npz", "labels.npz", "--dataset", discs], "not 30 numbers 0 to 2"),
         (["--npz", "few.npz", "--dataset", discs], "holds 3 images"),
+        (["--npz", "digits.npz", "--dataset", "mnist-5000", "--against", "test"], "mnist-5000 has no test images"),
     ):
         with pytest.raises((UsageError, DataError), match=message):
             run(*arguments)

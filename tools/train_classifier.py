@@ -46,7 +46,7 @@ def write_files(train: dataset.Images, test: dataset.Images) -> None:
     """Train the classifier, and write it and the features of real images to assets/."""
     order = torch.randperm(len(train.labels), generator=seeded(0, 0))
     held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
-    classifier, random = fit(train.pixels[rest], train.labels[rest]), RandomFeatures()
+    classifier, random = fit(train.pixels, train.labels, rest), RandomFeatures()
     reference = {f"filters.{name}": filters for name, filters in random.state_dict().items()}
     for name, images in (
         ("test", test),
