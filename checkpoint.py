@@ -37,6 +37,7 @@ from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
 from sampling import MAX_GUIDANCE, TrainedModel
 from shortcut import ShortcutDiT, ShortcutModel
+from speed import out_of_memory
 from variance import LearnedVariance
 
 FORMAT = "dit-from-scratch 2"
@@ -64,10 +65,10 @@ def refusing(message: str, fix: str = "use a checkpoint as train.py wrote it") -
     """Inside, whatever is wrong with the content of a file is a CheckpointError: "MESSAGE (reason): FIX"."""
     try:
         yield
-    except (MemoryError, PermissionError, torch.OutOfMemoryError, torch.AcceleratorError):  # not of the content
+    except (PermissionError, torch.AcceleratorError):  # not of the content
         raise
     except Exception as error:  # broken content can provoke any exception in PyTorch, safetensors and here
-        if hasattr(error, "exit_status"):
+        if hasattr(error, "exit_status") or out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{message} ({reason}): {fix}") from error

@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 import torch
 from tqdm import tqdm
 
-from speed import threads
+from speed import out_of_memory, threads, unusable
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -164,12 +164,11 @@ def explain(error: Exception, memory: str) -> tuple[int, str]:
         return error.exit_status, str(error)
     if isinstance(error, FloatingPointError):
         return 1, str(error)
+    if out_of_memory(error):
+        return 1, f"there is too little memory: {memory}"
     if isinstance(error, OSError):
         fix = FIXES.get(error.errno, "name another place")
         return 1, f"cannot use {error.filename} ({error.strerror}): {fix}" if error.filename else str(error)
-    # PyTorch has no exceptions of its own for a CPU without memory, or for a process that is gone.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return 1, f"there is too little memory: {memory}"
     if WORLD > 1 and isinstance(error, RuntimeError) and re.search(LOST_PROCESS, f"{type(error).__name__} {error}"):
         gone = f"process {RANK} of {WORLD} stops, since another is gone, which torchrun names"
         return 1, f"{gone} ({str(error)[:100]})"
@@ -272,17 +271,26 @@ def number(kind: type, low: float, high: float = MAX_COUNT) -> Callable[[str], f
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is. Raises UsageError where it is missing."""
+    """The device called `name`, or the best there is. Raises UsageError where it is missing, or cannot compute.
+
+    A GPU that cannot compute is left alone, with a warning, where no device was named.
+    """
     mps = torch.backends.mps.is_available() and WORLD == 1  # processes cannot share the GPU of a Mac
     available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    name = name or next(device for device, there in available.items() if there)
+    asked, name = name, name or next(device for device, there in available.items() if there)
     if not available[name]:
         raise UsageError(f"no {name} device here: leave --device out, or use --device cpu")
+    if name == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
+    if reason := unusable(torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)):
+        message = f"this PyTorch cannot compute on the {name} device here ({reason})"
+        if asked or WORLD > 1:  # processes on different devices would wait for each other
+            raise UsageError(f"{message}: use --device cpu")
+        warnings.warn(f"{message}: the CPU does the work", stacklevel=2)
+        name = "cpu"
     if name == "cuda":
-        gpus = torch.cuda.device_count()
-        if gpus <= LOCAL_RANK:
-            raise UsageError(f"more processes than the {gpus} GPUs here: lower --nproc-per-node")
-        torch.set_float32_matmul_precision("high")  # TF32: much faster products, with 10 bits of mantissa
+        # TF32 from compute capability 8 on: much faster products, with 10 bits of mantissa.
+        torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(LOCAL_RANK)
     if name == "cpu":
         threads.adapt(seconds=0.2)

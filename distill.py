@@ -288,7 +288,7 @@ class DistillTrainer(Trainer):
         """The `shortcut_loss` of each image or, where it is matched, the `matching_loss`, (b,)."""
         d, on_device = self.diffusion, partial(to_device, device=self.device)
         others, matched = ((counts == 0).nonzero()[:, 0], counts.nonzero()[:, 0])
-        loss = torch.zeros(len(x0), device=self.device)
+        parts = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             x_t = d.q_sample(x0, on_device(t), eps)
             if len(matched):
@@ -296,17 +296,17 @@ class DistillTrainer(Trainer):
             x0_hat = d.predict_x0(self.ddp_model(x_t, on_device(spans), y).float(), x_t, on_device(t))
             if len(others):
                 some = on_device(others)
-                part = shortcut_loss(d, x0_hat[some], self.ema, self.teach_spans, x_t[some], y[some], spans[others])
-                loss = loss.index_put((some,), part)
+                parts.append(
+                    shortcut_loss(d, x0_hat[some], self.ema, self.teach_spans, x_t[some], y[some], spans[others])
+                )
             if len(matched):
                 some = on_device(matched)
-                teacher, fake = partial(self.teach, fraction=MATCHING_GUIDANCE), self.fake
-                fake = with_sizes_of(on_device(spans[matched]), fake)
-                part = matching_loss(
-                    d, x0_hat[some], teacher, fake, y[some], on_device(match_t[matched]), match_eps[some]
-                )
-                loss = loss.index_put((some,), MATCHING_WEIGHT * part)
-        return loss
+                teacher = partial(self.teach, fraction=MATCHING_GUIDANCE)
+                fake, t = with_sizes_of(on_device(spans[matched]), self.fake), on_device(match_t[matched])
+                part = matching_loss(d, x0_hat[some], teacher, fake, y[some], t, match_eps[some])
+                parts.append(MATCHING_WEIGHT * part)
+        order = torch.cat([others, matched]).argsort()
+        return torch.cat(parts)[on_device(order)]
 
     def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
         """The teacher's prediction, with a fraction of its guidance."""

@@ -84,8 +84,7 @@ def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.op
     others = [p for p in model.parameters() if id(p) not in ids]
     scale = ADAMW_MAX_LR / max(args.lr, ADAMW_MAX_LR) if matrices else 1.0
     adamw = torch.optim.AdamW(
-        [dict(params=others, scale=scale)], lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-        fused=others[0].device.type != "mps",
+        [dict(params=others, scale=scale)], lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     return [Muon([dict(params=matrices, scale=1.0)], lr=args.lr, dtype=dtype), adamw] if matrices else [adamw]

@@ -1,19 +1,19 @@
 """What makes a network fast on the machine at hand: the precision of its products, its attention, compiled blocks.
 """
 
+import errno
 import logging
-import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -42,17 +42,55 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-class CompiledGELU(nn.Module):
-    """GELU (arXiv 1606.08415) in its tanh form, x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3).
+def unusable(device: torch.device) -> str:
+    """Why this PyTorch cannot compute on a device, in one line, or "" where it can.
 
-    Since (1 + tanh u) / 2 is sigmoid(2u), both returns below are the same function. Compiled for a CPU, the sigmoid is
-    three times as fast as the tanh, which saves one eighth of a training step.
+    A GPU that is older than any that this PyTorch was built for is "available" all the same. Only a kernel tells.
     """
+    try:
+        torch.ones(1, device=device).add(1).item()  # .item() waits until the kernel has run
+    except Exception as error:  # the type depends on the device, and on what is wrong with it
+        return first_line(error)
+    return ""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
-        return F.gelu(x, approximate="tanh")
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the CPU or of a GPU is too small."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # PyTorch has an exception of its own for only some of the ways to run out of memory.
+    words = ("allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or where it has none, its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compute the activations inside a block again in the backward pass, rather than keep them (arXiv 1604.06174).
+
+    That takes about a third more time, and a small fraction of the memory. To compile the blocks as well, call
+    `compile_blocks` afterwards.
+    """
+    from torch.utils.checkpoint import checkpoint  # takes seconds
+
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compiled(forward: Callable) -> Callable:
+    """The method `forward` of a block, compiled at its first call."""
+    from torch.utils.checkpoint import checkpoint
+
+    if isinstance(forward, partial) and forward.func is checkpoint:
+        # A checkpoint stays around what is compiled, since PyTorch compiles nothing that it finds inside of one.
+        return partial(checkpoint, compiled(*forward.args), **forward.keywords)
+    if isinstance(forward, MethodType):  # of the class, so that a copy of the block computes with its own weights
+        return MethodType(torch.compile(forward.__func__, dynamic=False), forward.__self__)
+    return torch.compile(forward, dynamic=False)
 
 
 def compile_blocks(blocks: list[nn.Module], dry_run: Callable[[], None]) -> bool:
@@ -60,33 +98,28 @@ def compile_blocks(blocks: list[nn.Module], dry_run: Callable[[], None]) -> bool
 
     dry_run: runs them forward and backward, to see whether it is. Where it is not, they stay eager, with a warning.
     """
-    for block in blocks:
-        block.mlp.act = CompiledGELU()
-        block.compile(dynamic=False)
+    # Each size of a batch is compiled on its own, and distillation has a dozen. By default, all after the eighth would
+    # run eagerly.
+    torch._dynamo.config.recompile_limit = 100
     # Where there is CUDA's compiler and no GPU, PyTorch would warn that it could not use the one for the other.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    eager = [block.forward for block in blocks]
     try:
-        dry_run()
-    except Exception as error:  # no compiler, no Triton, a GPU that is too old
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
-            raise  # the batch is too large, compiled or not
         for block in blocks:
-            block._compiled_call_impl = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+            block.forward = compiled(block.forward)
+        with warnings.catch_warnings():
+            # On a GPU without bfloat16, PyTorch says only this, and goes on eagerly.
+            warnings.filterwarnings("error", ".*does not support bfloat16 compilation")
+            dry_run()
+    except Exception as error:  # no compiler, no Triton, a GPU that is too old
+        for block, forward in zip(blocks, eager, strict=True):
+            block.forward = forward
+        if out_of_memory(error):
+            raise  # the batch is too large, compiled or not
+        reason = first_line(error)
         warnings.warn(f"torch.compile does not work here ({reason}): training runs without it, slower", stacklevel=2)
         return False
     return True
-
-
-def checkpoint_blocks(blocks: list[nn.Module]) -> None:
-    """Compute the activations inside a block again in the backward pass, rather than keep them (arXiv 1604.06174).
-
-    That takes about a third more time, and a small fraction of the memory.
-    """
-    from torch.utils.checkpoint import checkpoint  # takes seconds
-
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Threads:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,8 +18,6 @@ from dit import DiT, DiTConfig  # noqa: E402
 from metrics import Reference, labels_as_in, measure  # noqa: E402
 from rundir import settings  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
-
-torch._dynamo.config.recompile_limit = 100  # networks of many shapes are compiled in one process
 
 
 class Store:
@@ -92,15 +89,17 @@ def seconds_a_step(
         args, device = settings(parser, parser.given(flags))
         trainer_class = type("ExperimentTrainer", (train.Trainer,), {"network": network})
         trainers[name] = trainer_class(config, args, device)
-    x0, y = torch.zeros(args.batch_size, *trainers[name].shape, device=device), torch.zeros(args.batch_size).long()
+    x0 = torch.zeros(args.batch_size, *trainers[name].shape, device=device)
+    y = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     times = {name: [] for name in networks}
     for _ in range(rounds):
         for name, trainer in trainers.items():
-            trainer.step(0, x0, y.to(device), args.lr)  # the first one of a round fills the caches
+            # The first step of a round fills the caches, and .item() waits for a GPU.
+            trainer.step(0, x0, y, args.lr)["gradient_norm"].item()
             begin = time.perf_counter()
             for _ in range(5):
-                norm = trainer.step(0, x0, y.to(device), args.lr)["gradient_norm"]
-            norm.item()  # waits for a GPU
+                norm = trainer.step(0, x0, y, args.lr)["gradient_norm"]
+            norm.item()
             times[name].append((time.perf_counter() - begin) / 5)
     return {name: statistics.median(values) for name, values in times.items()}
 

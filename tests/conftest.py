@@ -26,6 +26,7 @@ import checkpoint  # noqa: E402
 import dataset  # noqa: E402
 import dit  # noqa: E402
 import metrics  # noqa: E402
+import rundir  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from sampling import TrainedModel  # noqa: E402
@@ -42,6 +43,12 @@ def run_script(*arguments: object, cwd: Path, python: tuple[str, ...] = (), **op
     """Run one of our scripts as a user would, from the folder `cwd`."""
     command = [sys.executable, *python, *(str(ROOT / a) if str(a).endswith(".py") else str(a) for a in arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+def settings_of(words: list[str]) -> tuple:
+    """The settings and the device of a training with these flags."""
+    parser = train.build_parser()
+    return rundir.settings(parser, parser.given(words))
 
 
 def trained(model: dit.DiT, diffusion, guidance: float = 1.0, interval: list[int] | None = None) -> TrainedModel:

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, settings_of
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import common  # noqa: E402
 import conditioning  # noqa: E402
 import scaling  # noqa: E402
 
@@ -40,6 +41,33 @@ def test_only_adaln_zero_starts_as_the_identity():
     for name, network in conditioning.NETWORKS.items():
         model = network(SMALL)
         assert torch.equal(model.blocks[0](x, model.condition(t, y)), x) == (name == "adaLN-Zero")
+
+
+def test_the_clock_of_a_step_runs_over_five_whole_steps(monkeypatch):
+    """On a GPU a step returns before it is computed. What is still to do when the clock starts would count as well."""
+    happened = []
+
+    class Norm:
+        def item(self):
+            happened.append("wait")
+
+    class Trainer:
+        shape = (1, 28, 28)
+
+        def __init__(self, *_):
+            pass
+
+        def step(self, _, x0, y, lr):
+            assert x0.device.type == y.device.type == "meta"  # moved there before
+            happened.append("step")
+            return {"gradient_norm": Norm()}
+
+    args, _ = settings_of(["--device", "cpu"])
+    monkeypatch.setattr(common, "settings", lambda *_: (args, torch.device("meta")))
+    monkeypatch.setattr(common.train, "Trainer", Trainer)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: happened.append("clock") or float(len(happened)))
+    common.seconds_a_step({"a": (None, None), "b": (None, None)}, [], rounds=1)
+    assert happened == 2 * ["step", "wait", "clock", *5 * ["step"], "wait", "clock"]
 
 
 @pytest.mark.slow

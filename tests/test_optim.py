@@ -117,6 +117,13 @@ def test_beside_muon_adamw_takes_smaller_steps():
         assert [group["lr"] for o in optimizers for group in o.param_groups] == pytest.approx(rates)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_adamw_is_fused_on_every_device(monkeypatch, device):
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device(device))
+    (adamw,) = make_optimizers(network(), settings(optimizer="adamw"))
+    assert adamw.defaults["fused"]
+
+
 def test_muon_is_for_the_matrices_of_the_blocks_and_nothing_is_trained_twice():
     model = network()
     muon, adamw = make_optimizers(model, settings())
