@@ -22,7 +22,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +50,7 @@ RUN_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "weights.safetensors"  # of a
 MAX_STEPS = 2**31     # of a training, because there are so many numbers for its generators, see train.FIRST_INDEX
 MAX_TIMESTEPS = 100_000
 MAX_DEPTH = 256       # blocks take a while to build, even without memory
-MAX_POSITIONS = 2**24  # numbers of the table of positions, unless a file is larger
+MAX_NUMBERS = 2**24   # of positions and weights that a description implies, unless the file itself is larger
 MAX_HEADER = 2**22    # bytes of a file before its weights; names and numbers take some 100 a tensor
 
 
@@ -162,27 +162,31 @@ def load(path: Path, model: str | None = None) -> dict:
     """Read a checkpoint onto the CPU: its description, the averaged weights as "ema", and whatever else it holds.
 
     path:  a file as above, or the folder of a run
-    model: for official weights, one of MODELS, such as DiT-XL/2, because they do not name their own
+    model: for official weights, one of MODELS, such as DiT-XL/2, because they do not name their own; for other files it
+           is not needed, and must be what they hold
 
     Raises CheckpointError.
     """
-    path = Path(path)
+    path, state = Path(path), None
+    if model is not None and model not in MODELS:
+        raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
     if path.is_dir():
         path = next((path / name for name in (RUN_FILE, WEIGHTS_FILE) if (path / name).exists()), path / RUN_FILE)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}: give a .safetensors file, or the folder of a run")
+    if path.suffix == ".safetensors":
+        with refusing(f"{path} is damaged, or no checkpoint", "use a checkpoint of train.py"):
+            state = read_safetensors(path)
+            if state.get("format") == FORMAT:
+                if model and not MODELS[model].items() <= state["config"].items():
+                    raise CheckpointError(f"{path} holds no {model}, but another network: leave --model out")
+                return state
     if model is not None:
-        return describe_official(path, model)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is no .safetensors file: for official DiT weights add --model DiT-XL/2")
-    with refusing(f"{path} is damaged, or no checkpoint", "use a checkpoint of train.py"):
-        state = read_safetensors(path)
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not of format {FORMAT!r}: make a new one with train.py; for official DiT weights add "
-            "--model DiT-XL/2"
-        )
-    return state
+        return describe_official(path, model, state)
+    what = f"of format {FORMAT!r}" if state else "a .safetensors file"
+    raise CheckpointError(
+        f"{path} is not {what}: make a new one with train.py; for official DiT weights add --model DiT-XL/2"
+    )
 
 
 def read_safetensors(path: Path) -> dict:
@@ -209,19 +213,16 @@ def read_safetensors(path: Path) -> dict:
     return state
 
 
-def describe_official(path: Path, model: str) -> dict:
+def describe_official(path: Path, model: str, state: dict | None = None) -> dict:
     """Official weights of a model of MODELS with their description. Image size and channels follow from their shapes.
 
     They may be inside of {"model": ..., "ema": ...}, as training saves them, and have prefixes from compiling or DDP.
+    state: what the file holds, if it has been read
     """
-    if model not in MODELS:
-        raise CheckpointError(f"unknown model {model!r}: use one of {', '.join(MODELS)}")
     patch_size = MODELS[model]["patch_size"]
     fix = "use a plain state dict, and leave --model out for files of train.py"
     with refusing(f"{path} holds no weights of the official {model}; nothing in it was run", fix):
-        if path.suffix == ".safetensors":
-            state = read_safetensors(path)
-        else:
+        if state is None:
             with warnings.catch_warnings(action="ignore"):  # of files that are not ours
                 state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("ema", state.get("model", state))
@@ -257,7 +258,7 @@ def check(state: dict) -> None:
         if name not in state or not isinstance(state[name], kind):
             raise TypeError(f"its {name} is missing, or of another type")
     config, T, interval = state["config"], state["diffusion"]["timesteps"], state["guidance_interval"] or [0, 0]
-    plain = (int, float, bool, str, list, type(None))
+    plain = (int, float, bool, str, list, dict, type(None))
     if any(type(value) not in plain for value in (*config.values(), *state["diffusion"].values())):
         raise TypeError("its config or diffusion is of other types")
     for field in fields(DiTConfig):
@@ -297,11 +298,16 @@ def check_weights(network: type[DiT], config: DiTConfig, weights: dict[str, Tens
 
     The network is built on the device `meta`, where tensors have shapes and no memory.
     """
-    numbers = (config.image_size // config.patch_size) ** 2 * config.hidden_size  # of all tokens, as of the positions
-    if numbers > max(MAX_POSITIONS, sum(value.numel() for value in weights.values())):
+    count = sum(value.numel() for value in weights.values())
+    if (config.image_size // config.patch_size) ** 2 * config.hidden_size > max(MAX_NUMBERS, count):
         raise ValueError("its tokens are larger than its weights")
-    with torch.device("meta"), OnlyShapes():
-        expected = network(config).state_dict()
+    try:
+        with torch.device("meta"), OnlyShapes():
+            expected = network(config).state_dict()
+    except Exception:
+        if config.depth * config.hidden_size**2 * max(1, config.mlp_ratio) > max(MAX_NUMBERS, count):
+            raise
+        expected = network(config).state_dict()  # of a fork, which computes what cannot be computed on `meta`
     for name in sorted(expected.keys() ^ weights.keys()):
         raise ValueError(f"{name} is {'missing' if name in expected else 'not a part of the network'}")
     for name, tensor in expected.items():
@@ -333,6 +339,62 @@ def build(state: dict, device: torch.device | str = "cpu", network: type[DiT] | 
         diffusion = process(**state["diffusion"], device=device)
     description = dict(format=FORMAT, **{name: state[name] for name in TYPES})
     return kind(model.to(device).eval(), diffusion, description)
+
+
+def start_from(state: dict, network: type[DiT], shape: tuple[int, ...], classes: tuple[str, ...]) -> dict:
+    """What a new run takes from a loaded checkpoint to learn other images: its network, diffusion process and averaged
+    weights, in the form of the state of a run before its first step.
+
+    network: its class
+    shape:   (C, S, S) of the images. S may be another number than in the checkpoint, and C 3 in place of 1, or 1 of 3.
+    classes: their names, () for none
+
+    A class whose name the checkpoint has keeps its row of the label table, and any other begins as the null class. The
+    positions, and all other buffers, are those of the new size. For channels see `change_channels`.
+
+    Raises CheckpointError.
+    """
+    name, (C, S, _) = state.get("network"), shape
+    if name == "ShortcutDiT":
+        raise CheckpointError("these weights are distilled: begin with the checkpoint that they were distilled from")
+    with refusing("a run cannot begin with this checkpoint"):
+        check(state)
+        if name != network.__name__:
+            raise ValueError(f"it holds a {name[:40]}, not a {network.__name__}")
+        old, weights = DiTConfig(**state["config"]), dict(state["ema"])
+        check_weights(network, old, weights)
+        P = old.patch_size
+        if S % P:
+            sizes = " or ".join(dict.fromkeys(str(n * P) for n in (max(S // P, 1), S // P + 1)))
+            raise CheckpointError(f"its network cuts images into patches of {P} pixels: use --image-size {sizes}")
+        if old.in_channels != C and not {old.in_channels, C} <= {1, 3}:
+            raise CheckpointError(f"its network knows {old.in_channels} channels, and here are {C}: begin without it")
+        config = replace(old, image_size=S, in_channels=C, num_classes=len(classes))
+        if list(classes) != state["classes"]:
+            known = {name: row for row, name in enumerate(state["classes"])}
+            rows = [known.get(name, old.num_classes) for name in (*classes, None)]
+            weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][rows]
+        if old.in_channels != C:
+            change_channels(weights, old, C)
+        model = network(config)
+        learned = {name for name, _ in model.named_parameters()}
+        weights |= {name: buffer for name, buffer in model.state_dict().items() if name not in learned}
+    return dict(config=asdict(config), diffusion=state["diffusion"], step=0, model=weights, ema=weights)
+
+
+def change_channels(weights: dict[str, Tensor], config: DiTConfig, C: int) -> None:
+    """Make the weights of a network of this config, for images of 1 or 3 channels, those of one for C, 3 or 1.
+
+    Three channels in place of one are embedded as their mean, and each is predicted as the one was. One channel in
+    place of three is embedded as if all three were equal to it, and predicted as their mean. So a grey image gives the
+    same output as before.
+    """
+    P, before = config.patch_size, config.in_channels
+    embed = weights["x_embedder.proj.weight"].mean(1, keepdim=True)                         # (D, 1, P, P)
+    weights["x_embedder.proj.weight"] = embed.expand(-1, C, -1, -1) * (before / C)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        pixels = weights[name].unflatten(0, (P * P, -1, before))                            # (P*P, 1 or 2, C, ...)
+        weights[name] = pixels.mean(2, keepdim=True).repeat_interleave(C, 2).flatten(0, 2)  # C_out = C, or 2C
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", model: str | None = None) -> TrainedModel:

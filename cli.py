@@ -224,7 +224,7 @@ class Parser(argparse.ArgumentParser):
         """
         saved = saved or {}
         unknown = sorted(saved.keys() - self.defaults.keys())
-        if unknown:
+        if unknown and RANK == 0:
             warnings.warn(f"{self.prog} has no flags for these settings of the run: {', '.join(unknown)}", stacklevel=2)
         saved = {name: self.checked(name, value) for name, value in saved.items() if name in self.defaults}
         for name in sorted(given.keys() & saved.keys() - may_change):
@@ -238,23 +238,21 @@ class Parser(argparse.ArgumentParser):
     def checked(self, name: str, value: object) -> object:
         """The value of a flag, from a file. Raises ValueError where no command line could have given it."""
         action = next(action for action in self._actions if action.dest == name)
-        values = value if action.nargs == "+" and type(value) is list else [value]
+        several = action.nargs not in (None, "?", 0)
+        values = value if several else [value]
         if value is None and self.defaults[name] is None:
             return None
-        fits = all(type(v) in (int, float, str, bool) for v in values)
+        if isinstance(action, argparse.BooleanOptionalAction) and type(value) is bool:
+            return value
+        fits = type(values) is list and all(type(v) in (int, float, str) for v in values)
         try:
-            if isinstance(action, argparse.BooleanOptionalAction):
-                fits = type(value) is bool
-            elif fits and (action.nargs != "+" or type(value) is list):
-                fits = [self._get_value(action, str(v)) for v in values] == values
-                fits = fits and (action.choices is None or value in action.choices)
-            else:
-                fits = False
+            parsed = [self._get_value(action, str(v)) for v in values] if fits else []
         except (argparse.ArgumentError, UsageError):
-            fits = False
-        if not fits:
+            parsed = []
+        fits = fits and [str(v) if isinstance(v, Path) else v for v in parsed] == values  # a file has paths as text
+        if not fits or action.choices is not None and not set(parsed) <= set(action.choices):
             raise ValueError(f"the setting {name} cannot be {str(value)[:40]!r}")
-        return value
+        return parsed if several else parsed[0]
 
 
 def number(kind: type, low: float, high: float = MAX_COUNT) -> Callable[[str], float]:

@@ -79,13 +79,12 @@ def load_latents(path: Path, image_size: int | None = None) -> Images:
         raise DataError(f"cannot read latents and labels of {path} ({reason}): {fix}") from error
     if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or not latents.is_floating_point():
         raise DataError(f"arr_0 of {path} is {latents.dtype} {tuple(latents.shape)}, not float (N, C, S, S): {fix}")
-    if latents.shape[1] in (1, 3):
-        raise DataError(f"arr_0 of {path} has {latents.shape[1]} channels, as images have: give a folder of images")
     known = not labels.is_floating_point() and ((labels >= 0) & (labels < max(len(classes), 1))).all()
     if labels.shape != latents.shape[:1] or not known:
         raise DataError(f"the labels of {path} are not {len(latents)} numbers of its classes: {fix}")
     if not latents.isfinite().all():
         raise DataError(f"arr_0 of {path} holds numbers that are not finite: {fix}")
     if image_size not in (None, latents.shape[-1]):
-        raise DataError(f"the latents of {path} have {latents.shape[-1]} pixels a side: leave --image-size out")
+        size = latents.shape[-1]
+        raise DataError(f"the latents of {path} have {size} pixels a side, not {image_size}: leave --image-size out")
     return Images(latents.float(), labels.long(), classes, f"{len(labels):,} latents of {path.name}")

@@ -229,9 +229,9 @@ class RunDir:
                 self.diverged("weights", self.step)
         if RANK == 0:
             settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SETTINGS}
-            about = dict(step=self.step, script=self.script, fingerprint=self.fingerprint, settings=settings)
-            text = json.dumps(settings, indent=1).encode()
-            checkpoint.write_whole(self.folder / "settings.json", lambda file: file.write(text))
+            text = json.dumps(settings, indent=1, default=str)  # a path as its name
+            checkpoint.write_whole(self.folder / "settings.json", lambda file: file.write(text.encode()))
+            about = dict(script=self.script, fingerprint=self.fingerprint, settings=json.loads(text), step=self.step)
             checkpoint.save(self.folder / RUN_FILE, {**self.description, **about}, tensors)
         self.saved_at = self.step
 

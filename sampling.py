@@ -221,10 +221,11 @@ class TrainedModel:
             return self.diffusion.predict_x0(self.predictor(labels, [t], guidance)(x_t, t), x_t, t)
 
     def to_images(self, samples: Tensor) -> Tensor:
-        """Samples (n, C, S, S) as images in [-1, 1]. Latents are decoded, or else show their first three channels."""
+        """Samples (n, C, S, S) as images in [-1, 1]. Latents are decoded, or else show their first channels, 3 or 1."""
         if self.autoencoder:
             return self.autoencoder.decode(samples)
-        return samples if self.is_image else (samples[:, :3] / 3).clamp(-1, 1)  # latents are about N(0, 1)
+        shown = 3 if samples.shape[1] >= 3 else 1
+        return samples if self.is_image else (samples[:, :shown] / 3).clamp(-1, 1)  # latents are about N(0, 1)
 
     def predictor(
         self, labels: Tensor, timesteps: list[int], guidance: float = 1.0, guidance_interval: list[int] | None = None

@@ -64,6 +64,8 @@ def build_parser() -> Parser:
     flag("--model", None, f"DiT-SIZE/PATCH, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
     flag("--image-size", None, f"pixels (default: its own; {FOLDER_IMAGE_SIZE} for folders)", type=number(int, 1, 4096))
     flag("--learn-sigma", False, "also predict the variance of the reverse steps")
+    flag("--init-from", None, "begin with the weights of this file or run, and with its network and diffusion process; "
+         "for official weights with their --model (default: new weights)", metavar="CHECKPOINT")
     flag = parser.group("diffusion")
     flag("--schedule", "flow", "how the noise grows with the timestep", choices=list(SCHEDULES))
     flag("--prediction", "x0", "what the network predicts", choices=PREDICTIONS)
@@ -113,6 +115,30 @@ def check_memory(config: DiTConfig, args: argparse.Namespace) -> None:
     blocks = 1 if args.gradient_checkpointing else config.depth
     fix = "raise --grad-accum-steps, lower --batch-size or --image-size, or take a --model of larger patches"
     dataset.check_free(block * blocks, f"a training step of {images} images of {tokens:,} tokens", fix)
+
+
+def load_source(args: argparse.Namespace, given: dict) -> dict:
+    """The checkpoint of --init-from. The settings in args become those of its network and its diffusion process.
+
+    given: the flags that were given. Raises UsageError where one contradicts the checkpoint, CheckpointError.
+    """
+    source = checkpoint.load(args.init_from, given.get("model"))
+    with checkpoint.refusing(f"no run can begin with {args.init_from}"):
+        checkpoint.check(source)
+    config, process, makes = source["config"], source["diffusion"], source["makes"]
+    if (makes == "latents") != str(args.dataset).endswith(".npz"):
+        other = "images, not latents" if makes == "images" else "latents, not images"
+        raise UsageError(f"{args.init_from} makes {other}: give a --dataset of these, or other weights")
+    model = next((name for name, shape in MODELS.items() if shape.items() <= config.items()), None)
+    found = dict(model=model, learn_sigma=config["learn_sigma"], schedule=process["schedule"])
+    for name, value in dict(found, prediction=process["prediction"]).items():
+        if given.get(name, value) != value:
+            flag, was = "--" + name.replace("_", "-"), "" if value is None else f" ({value})"
+            raise UsageError(f"{flag} contradicts {args.init_from}, which was trained otherwise{was}: leave it out")
+        setattr(args, name, value)
+    if makes == "images":
+        args.image_size = args.image_size or config["image_size"]
+    return source
 
 
 class Trainer:
@@ -319,11 +345,14 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) 
     """Train as the command line says. Returns the exit status, and raises the errors of cli.run_script."""
     run = RunDir(build_parser(), argv)
     args, state = run.args, run.state
+    source = load_source(args, run.given) if args.init_from and not state else None
     if "timestep_mean" in run.given and args.timestep_distribution != "logit-normal":
         raise UsageError("--timestep-mean is for logit-normal timesteps: leave it out")
     with usage():
         guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
     data = run.load_data(state["config"]["image_size"] if state else args.image_size)
+    if source:
+        state = checkpoint.start_from(source, trainer_class.network, data.pixels.shape[1:], data.classes)
     config = DiTConfig(**state["config"]) if state else network_config(args, data, "model" in run.given)
     if run.device.type == "cpu":
         check_memory(config, args)
@@ -331,7 +360,8 @@ def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) 
     if not data.name and not data.pixels.is_floating_point():  # images of one's own
         data, held_out = dataset.hold_out(data)
     trainer = trainer_class(config, args, run.device, state)
-    return train(trainer, run, data, args.model, held_out if held_out and len(held_out.labels) else None)
+    what = " from ".join(filter(None, (args.model or "a network", args.init_from)))
+    return train(trainer, run, data, what, held_out if held_out and len(held_out.labels) else None)
 
 
 if __name__ == "__main__":
