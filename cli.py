@@ -194,7 +194,7 @@ class Parser(argparse.ArgumentParser):
             self.defaults[key] = default
             presets = {device: preset.get(key, default) for device, preset in self.presets.items()}
             shown = ", ".join(f"{value} on {device}" for device, value in presets.items() if value is not None)
-            if len(set(presets.values())) < 2:
+            if len({str(value) for value in presets.values()}) < 2:
                 shown = next(iter(presets.values()), default)
             if isinstance(default, bool):
                 options["action"] = argparse.BooleanOptionalAction

@@ -157,7 +157,7 @@ def test_the_bundled_weights_learn_the_images_of_a_folder(images, tmp_path, caps
     """Resized to the 28 pixels that the network knows."""
     words = ["--dataset", images, *FAST, "--init-from", BUNDLED_WEIGHTS, "--run-dir", tmp_path / "run"]
     assert run(*words, *AS_IT_IS) == 0
-    assert f"DiT-N/7 from {BUNDLED_WEIGHTS}, 1.6 M parameters; flow x0" in capsys.readouterr().out
+    assert f"DiT-U/7 from {BUNDLED_WEIGHTS}, 2.5 M parameters; flow x0" in capsys.readouterr().out
     begun, bundled = checkpoint.load(tmp_path / "run"), checkpoint.load(BUNDLED_WEIGHTS)
     assert begun["config"] == {**bundled["config"], "num_classes": 3} and begun["classes"] == list(CLASSES)
     table = begun["ema"].pop("y_embedder.embedding_table.weight")
