@@ -25,7 +25,7 @@ import train
 from conftest import ROOT
 from sampling import TrainedModel
 
-PAGES = ("README", "docs/tutorial", "docs/how-to", "docs/guarantees")  # which are also in Chinese
+PAGES = ("README", "docs/tutorial", "docs/how-to", "docs/own-images", "docs/guarantees")  # which are also in Chinese
 FRONT = (ROOT / "README.md").read_text()
 README = "\n".join((ROOT / f"{page}.md").read_text() for page in PAGES)
 COMMANDS = [
