@@ -3,8 +3,9 @@
     python tools/letters.py                       letters/A/dejavu-sans-bold.png ... and letters-test/A/...
     python train.py --dataset letters --image-size 28
 
-One font family in ten goes to letters-test/, to test on shapes that training has not seen. Left out are fonts that lack
-a letter, fonts of boxes or symbols, fonts with lines too fine for 28 pixels, and fonts that look like another one.
+A tenth of the fonts, in whole families, goes to letters-test/, to test on shapes that training has not seen. Left out
+are fonts that lack a letter, fonts of boxes or symbols, those whose lines are too fine for 28 pixels, and those that
+look like another one.
 """
 
 import io
@@ -12,6 +13,7 @@ import logging
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -52,7 +54,8 @@ def draw_fonts(path: Path) -> list[tuple[str, str, np.ndarray]]:
         for index, table in enumerate(tables):
             if set(map(ord, ascii_uppercase)) <= (table.getBestCmap() or {}).keys():
                 font = ImageFont.truetype(io.BytesIO(content), DRAWN, index, layout_engine=ImageFont.Layout.BASIC)
-                fonts.append((*font.getname(), np.stack([draw(font, letter) for letter in ascii_uppercase])))
+                family, style = ((name or "").strip() or "unnamed" for name in font.getname())
+                fonts.append((family, style, np.stack([draw(font, letter) for letter in ascii_uppercase])))
     except Exception:  # a broken font can provoke any
         return []
     return fonts
@@ -110,13 +113,15 @@ def distinct(letters: np.ndarray) -> list[int]:
 
 
 def held_out(families: list[str]) -> list[bool]:
-    """Which fonts are for testing: those of one family in ten, where the first word of a name is that of the family,
+    """Which fonts are for testing: a tenth, in whole families. The first word of its name is taken for a font's family,
     since DejaVu Sans and DejaVu Serif have shapes in common.
     """
-    words = [name.lower().split()[0] for name in families]
-    distinct_words = sorted(set(words))
-    chosen = set(distinct_words[min(4, len(distinct_words) // 2) :: 10])
-    return [word in chosen for word in words]
+    words, seen, chosen = Counter(name.lower().split()[0] for name in families), 0, Counter()
+    for word, count in sorted(words.items(), key=lambda item: (item[1], item[0])):  # the large ones last
+        seen += count
+        if chosen.total() < seen / 10:
+            chosen[word] = count
+    return [name.lower().split()[0] in chosen for name in families]
 
 
 def write_images(folder: Path, fonts: list[tuple[str, str, np.ndarray]]) -> None:
