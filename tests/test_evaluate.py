@@ -465,6 +465,7 @@ def test_both_networks_take_images_of_any_size_in_grey_and_in_colour(channels, s
     images = torch.randint(256, (3, channels, size, size), dtype=torch.uint8)
     network = Classifier(channels, size, 5).eval()
     assert network(dataset.to_float(images)).shape == (3, 5)
+    assert network.body[0](dataset.to_float(images)).shape[-1] <= 32  # so that larger images take little more time
     for features in (network, RandomFeatures(channels)):
         assert classifier.features(features, images).shape == (3, 64)
     assert max(module.numel() for module in network.parameters()) == 64 * 64 * 9  # at any size

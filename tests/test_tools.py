@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmark
 import checkpoint
@@ -90,6 +91,22 @@ def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatc
     for what, fix in (("guidance", "its guidance, which is fixed: set none"), ("sampler", "sweep steps")):
         with pytest.raises(UsageError, match=fix):
             run(what, "--checkpoint", "fast.safetensors")
+
+
+def test_images_without_classes_are_swept_in_random_features_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "RESAMPLES", 5)
+    monkeypatch.setitem(sweep.SWEEPS, "steps", ("--steps", [dict(steps=1), dict(steps=2)]))
+    (tmp_path / "grey").mkdir()
+    for i in range(80):
+        Image.new("L", (8, 8), 3 * i).save(tmp_path / "grey" / f"{i}.png")
+    config = DiTConfig(image_size=8, patch_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=0)
+    about = checkpoint.describe(DiT, config, Diffusion("linear", "eps", 50), (), "80 images of grey", 0, 1.0)
+    checkpoint.save_weights(tmp_path / "weights.safetensors", DiT(config).state_dict(), about)
+    result = run("steps", "--checkpoint", "weights.safetensors", "--dataset", "grey", "--device", "cpu")
+    assert [point["numbers"].keys() for point in result["sweep"]] == [{"FD, random", "rho, random"}] * 2
+    assert "| --steps | NFE | seconds for 20 | rho, random |" in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "outputs" / "sweep-steps-1.png").exists()
 
 
 def test_what_a_sweep_sets_itself_cannot_be_set(weights):
