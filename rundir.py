@@ -71,7 +71,7 @@ def add_run_flags(parser: Parser) -> None:
     flag("--save-every", 500, "steps between checkpoints, each with a grid of samples", type=number(int, 1))
     flag("--seed", 0, "of the weights, batches and noise", type=number(int, 0, 2**32 - 1))
     flag("--device", None, "(default: the best there is)", choices=list(parser.presets))
-    flag("--precision", None, "of matrix products; fp32 on CUDA means TF32 (default: bf16 where the device has it)",
+    flag("--precision", None, "of matrix products; fp32 is TF32 on newer GPUs (default: bf16 where the device has it)",
          choices=["fp32", "bf16"])
     flag("--compile", True, "use torch.compile")
 
