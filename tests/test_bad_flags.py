@@ -20,6 +20,7 @@ import dataset
 import distill
 import evaluate
 import inference
+import model_flags
 import sweep
 import train
 import train_classifier
@@ -81,7 +82,8 @@ def _no_work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("BUNDLED_WEIGHTS", "DISTILLED_WEIGHTS"):
-            patch.setattr(inference, name, weights)
+            patch.setattr(checkpoint, name, weights)
+            patch.setattr(model_flags, name, weights)
         patch.setattr(distill, "BUNDLED_WEIGHTS", weights)
         patch.setattr(dataset, "from_torchvision", lambda *_: dataclasses.replace(images))  # which may be resized
         patch.setattr(dataset, "bundled_digits", lambda: dataclasses.replace(images))

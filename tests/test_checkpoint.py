@@ -88,9 +88,9 @@ def test_nothing_in_a_malicious_file_is_run(tmp_path):
     for name in ("zip.pt", "pickle.pt", "old.pt"):
         for place in (tmp_path / name, tmp_path / f"{name}.safetensors"):
             shutil.copy(tmp_path / name, place.with_name("copy")).rename(place)
-            with pytest.raises(CheckpointError, match="nothing in it was run"):
+            with pytest.raises(CheckpointError, match="nothing in it was run|damaged, or no checkpoint"):
                 checkpoint.load(place, "DiT-S/2")
-            with pytest.raises(CheckpointError, match=r"is no \.safetensors file: .*--model|damaged, or no checkpoint"):
+            with pytest.raises(CheckpointError, match=r"not a \.safetensors file: .*--model|damaged, or no checkpoint"):
                 checkpoint.load(place)
     assert not touched.exists()
 

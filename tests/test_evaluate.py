@@ -298,7 +298,7 @@ def test_bad_requests_are_refused_before_any_work(weights, monkeypatch, tmp_path
         (["--count", 1], "--count is 1: use 20"),
         (["--count", 20_000], "to 10000"),
         (["--checkpoint", "others.safetensors"], "trained on others, not on MNIST: name these images by --data"),
-        (["--checkpoint", weights, "--steps", 0], "--steps is 0: use 1 to 50"),
+        (["--checkpoint", weights, "--steps", 0], "0 sampling steps: use 1 to 50"),
         (["--npz", "a.npz", "--also", "bits"], "leave out the flags"),
         (["--checkpoint", "flow.safetensors", "--also", "bits"], "for the schedules linear and cosine"),
         (["--npz", "none.npz"], "cannot read none.npz"),

@@ -41,6 +41,7 @@ FEWER = {
     "inference.py": "--steps 3 --device cpu",
     "evaluate.py": "--count 20 --device cpu",
     "distill.py": "--steps 2 --batch-size 10 --no-compile --device cpu",
+    "tools/letters.py": "",
     "tools/sample_npz.py": "--steps 3 --device cpu --count 25",
     "tools/sweep.py": "",
     "tools/benchmark.py": "",
@@ -68,11 +69,14 @@ def test_every_command_runs(downloads, monkeypatch, tmp_path):
     # Each training ends with a grid of samples and a curve, which test_train.py checks.
     monkeypatch.setattr(TrainedModel, "default_steps", {"dpm++": 1})
     monkeypatch.setattr(rundir, "plot_loss", lambda folder: None)
-    for i in range(8):
-        (tmp_path / "my-images").mkdir(exist_ok=True)
-        Image.new("RGB", (40, 32), (30 * i, 0, 0)).save(tmp_path / "my-images" / f"{i}.jpg")
+    folders = {"my-images/circle": "RGB", "my-images/square": "RGB", "letters/A": "L", "letters/B": "L"}
+    for folder, mode in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(45):
+            Image.new(mode, (40, 32), 5 * i).save(tmp_path / folder / f"{i}.png")
     (tmp_path / "assets").mkdir()
-    shutil.copy(ROOT / "assets" / "three.png", tmp_path / "assets")
+    for name in ("three.png", "dit-mnist.safetensors"):
+        shutil.copy(ROOT / "assets" / name, tmp_path / "assets")
     ran = resumed = 0
     for command in COMMANDS:
         script = next((i for i, word in enumerate(command) if word in FEWER), None)
