@@ -399,9 +399,9 @@ def shortcut() -> None:
 
     x = torch.special.ndtri((torch.arange(10) + 0.5) / 10).view(-1, 1, 1, 1)
     passed = []
-    constrain = constrained(clip=False, callback=lambda t, x_t, _: passed.append(x_t.flatten()))
+    constrain, keep = constrained(clip=False), lambda t, x_t, _: passed.append(x_t.flatten())
     timesteps = spaced_timesteps(process.T, 200)
-    end = ddim(process, posterior_mean, x, timesteps, None, constrain).flatten()
+    end = ddim(process, posterior_mean, x, timesteps, None, constrain, keep).flatten()
     paths, one = torch.stack([*passed, end]), 7  # the path that is shown in colour
     figure = canvas(3.6)
     axes = figure.subplots()
