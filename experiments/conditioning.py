@@ -180,7 +180,7 @@ def run_one(name: str, objective: str, seed: int, args, store: Store, reference:
             **what, loss=sum(entry["loss"] for entry in log) / len(log),
             parameters=sum(p.numel() for p in trained.model.parameters()),
             gflops=gflops(NETWORKS[name], trained.model.config), hardware=hardware(), images=args.count,
-            **measure_samples(trained, reference, args.count, state["args"]["precision"]),
+            **measure_samples(trained, reference, args.count, state["settings"]["precision"]),
         ))
 
 

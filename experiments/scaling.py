@@ -46,7 +46,7 @@ def run_one(size: str, patch: int, args, store: Store, reference: Reference) -> 
         store.save(dict(
             **what, hardware=hardware(), images=args.count,
             parameters=sum(p.numel() for p in trained.model.parameters()), gflops=gflops(DiT, trained.model.config),
-            **measure_samples(trained, reference, args.count, state["args"]["precision"]),
+            **measure_samples(trained, reference, args.count, state["settings"]["precision"]),
         ))
 
 
