@@ -106,7 +106,8 @@ def guidance_settings(values: list[float], timesteps: int) -> dict:
     weight, *interval = values
     inside = len(interval) == 2 and 0 <= interval[0] <= interval[1] < timesteps
     if interval and not (inside and all(t == int(t) for t in interval)):
-        raise ValueError(f"--guidance takes W, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}")
+        limits = f"W, or W LOW HIGH with whole numbers, 0 <= LOW <= HIGH <= {timesteps - 1}"
+        raise ValueError(f"--guidance is {' '.join(map(str, values))}: use {limits}")
     if not abs(weight) <= MAX_GUIDANCE:
         raise ValueError(f"a guidance scale must be a finite number, {-MAX_GUIDANCE} to {MAX_GUIDANCE}: 1.5 is usual")
     return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
