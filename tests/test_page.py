@@ -193,6 +193,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_the_page_can_be_made_la
     error = capsys.readouterr().err
     assert caught.value.code == 1 and error.count("\n") == 1
     assert re.search(rf"cannot use {page}/\w+\.\w+ \(File too large\): make room there, or name another place", error)
+    assert sorted(page.glob("full.*")) == ([] if room == 10 else [page / "full.json", page / "full.onnx"])
     assert not list(page.glob("*.partial"))
     export.check_output(page)
     export.save_page(page, quick)
@@ -292,7 +293,7 @@ def test_its_samplers_are_those_of_diffusion_py(tmp_path):
         assert np.abs(expected.flatten().numpy() - sample).max() < 1e-3, task
 
 
-def test_its_shortcut_sampler_is_that_of_distill_py(tmp_path):
+def test_its_shortcut_sampler_is_that_of_shortcut_py(tmp_path):
     tasks = [dict(schedule="flow", prediction="x0", timesteps=T, steps=n) for T in (1000, 100) for n in STEP_COUNTS]
     ours = in_node(tmp_path, TOY + """
       return Promise.all(given.tasks.map(async (task) => {
@@ -680,6 +681,7 @@ def test_what_does_not_load_is_said(small_page, visiting):
 def test_a_page_that_is_opened_as_a_file_says_that_it_needs_a_server(visiting):
     visit = visiting((ROOT / "web").as_uri(), errors=True)
     visit.page.goto(f"{visit.address}/index.html")
+    assert visit.page.locator("#unserved").is_visible()
     said = visit.page.locator("#unserved").inner_text()
     assert said.count("python web/export.py --serve") == said.count("python -m http.server") == 2  # in two languages
 

@@ -1,4 +1,4 @@
-// The mathematics of diffusion.py, sampling.py and distill.py again, with the same names, for the browser.
+// The mathematics of diffusion.py, sampling.py and shortcut.py again, with the same names, for the browser.
 //
 // Images are Float32Arrays, (B, 28, 28) in one piece, in [-1, 1]. A network is an async function
 // model(x, t, y, d) -> out, with one timestep t for the batch, labels y (an array of B), and for distilled networks
@@ -85,8 +85,8 @@ export const spaced_timesteps = (T, steps) =>
 
 export const shortcut_timesteps = (T, steps) => range(steps).map((i) => round((T * (steps - i)) / steps) - 1);
 
-// SDEdit (arXiv 2108.01073) does not begin with noise, but with an image under the noise of timestep t, the first of these:
-// strength, 0 to 1, is how far t is up to T - 1. It takes this part of the `steps` from T - 1, at least one.
+// The timesteps of SDEdit (arXiv 2108.01073), which begins with an image with the noise of timestep strength (T - 1), as
+// TrainedModel.timesteps in sampling.py: fewer than `steps` in proportion to the strength, 0 to 1.
 export function edit_timesteps(T, strength, steps) {
   const t = round(strength * (T - 1));
   return spaced_timesteps(t + 1, clamp(round(strength * steps), 1, t + 1));
