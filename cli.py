@@ -41,7 +41,6 @@ LOST_PROCESS = r"(?i)\bDist\w*Error|gloo|nccl|connection (was )?(closed|reset|re
 FIXES = {  # of an OSError
     errno.ENOSPC: "make room there, or name another place",
     errno.EDQUOT: "make room there, or name another place",
-    errno.EFBIG: "make room there, or name another place",
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
     errno.EROFS: "it cannot be written, so name another place",

@@ -103,7 +103,8 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with suppress(OSError):  # of a full disk, which log.jsonl tells of
+                self.tensorboard.close()
 
 
 def log_entries(
