@@ -160,7 +160,8 @@ def tensorboard_writer(folder: Path, step: int) -> object | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder, purge_step=step + 1)
+    with checkpoint.writing(folder):
+        return SummaryWriter(folder, purge_step=step + 1)
 
 
 def centred_median(values: Tensor, reach: int = 50) -> Tensor:
