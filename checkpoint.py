@@ -133,7 +133,8 @@ def save(path: Path, description: dict, tensors: dict) -> None:
     ema/blocks.0.attn.qkv.weight. `load` nests them again.
     """
     tensors, text = dict(flatten(tensors)), json.dumps(description)
-    content = serialize(tensors, metadata={"description": text, "checksum": checksum(text, tensors)})
+    # In one entry, since the order of several is not always the same, and so the bytes of the file would not be.
+    content = serialize(tensors, metadata={"description": f"{checksum(text, tensors)} {text}"})
     write_whole(path, lambda file: file.write(content))
 
 
@@ -200,8 +201,8 @@ def read_safetensors(path: Path) -> dict:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    description = metadata.get("description", "{}")
-    if "description" in metadata and metadata.get("checksum") != checksum(description, tensors):
+    saved, _, description = metadata.get("description", " {}").partition(" ")
+    if "description" in metadata and saved != checksum(description, tensors):
         raise ValueError("its checksum is wrong, so it is not what was written")
     state = {**json.loads(description), "ema": {}}
     for name, tensor in tensors.items():

@@ -88,7 +88,7 @@ def forge(path: Path, state: dict) -> bytes:
 def forge_text(path: Path, description: str, tensors: dict | None = None) -> bytes:
     """The same for a description that is any text, and tensors of any names."""
     tensors = tensors or {"pos_embed": torch.zeros(1)}
-    metadata = {"description": description, "checksum": checkpoint.checksum(description, tensors)}
+    metadata = {"description": f"{checkpoint.checksum(description, tensors)} {description}"}
     save_file(tensors, path, metadata)
     return path.read_bytes()
 
