@@ -78,6 +78,28 @@ def assert_equal_states(a: object, b: object) -> None:
         assert a == b
 
 
+def divided(state: dict) -> tuple[dict, dict]:
+    """What a checkpoint holds, in plain types and in tensors, both nested as in it."""
+    plain, tensors = {}, {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict) and value:
+            parts = divided(value)
+            for whole, part in zip((plain, tensors), parts, strict=True):
+                if part:
+                    whole[name] = part
+        else:
+            plain[name] = value
+    return plain, tensors
+
+
+def forge(path: Path, state: dict) -> bytes:
+    """Write a checkpoint that holds this, with the checksum that belongs to it. Returns the content of the file."""
+    checkpoint.save(path, *divided(state))
+    return path.read_bytes()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A folder of 3 classes of 20 grey images, each class of its own brightness."""

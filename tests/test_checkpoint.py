@@ -17,9 +17,10 @@ import inference
 import train
 from checkpoint import RUN_FILE, WEIGHTS_FILE, CheckpointError
 from cli import UsageError
-from conftest import ROOT, assert_equal_states
+from conftest import ROOT, assert_equal_states, forge
 from diffusion import Diffusion
 from dit import MODELS, DiT, DiTConfig
+from rundir import newest_run
 
 
 class Malicious:
@@ -51,6 +52,29 @@ def test_a_folder_that_kept_only_its_weights_is_a_checkpoint(tiny_run, tmp_path,
     with pytest.raises(UsageError, match=r"holds only weights.*: resume from the folder of a run that has its check"):
         train.main(["--resume", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS_FILE, "grid.png"}
+
+
+def test_resume_without_a_name_continues_the_newest_run_of_that_script(tiny_run, tmp_path, monkeypatch):
+    """Whatever else is newer: a run of another script, a file that cannot be read, weights alone."""
+    monkeypatch.chdir(tmp_path)
+    for script in ("train.py", "distill.py"):
+        with pytest.raises(UsageError, match=f"no run of {script} in runs: name its folder after --resume, or leave"):
+            newest_run(script)
+    for age, name in enumerate(("old", "new", "distilled", "broken", "published")):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        shutil.copy(tiny_run / RUN_FILE, folder)
+        if name == "distilled":
+            forge(folder / RUN_FILE, {**checkpoint.load(folder), "script": "distill.py"})
+        if name == "broken":
+            (folder / RUN_FILE).write_bytes(b"broken")
+        if name == "published":
+            shutil.copy(tiny_run / WEIGHTS_FILE, folder / RUN_FILE)
+        os.utime(folder / RUN_FILE, (10**9 + age, 10**9 + age))
+    assert newest_run("distill.py").name == "distilled"
+    assert train.main(["--resume", "--steps", "21"]) == 0
+    steps = {name: checkpoint.load(Path("runs", name))["step"] for name in ("old", "new", "distilled")}
+    assert steps == dict(old=20, new=21, distilled=20)
 
 
 def test_tensors_keep_names_types_and_shapes_whatever_their_memory(tmp_path):
