@@ -102,7 +102,7 @@ def test_images_without_classes_are_swept_in_random_features_only(monkeypatch, t
         Image.new("L", (8, 8), 3 * i).save(tmp_path / "grey" / f"{i}.png")
     config = DiTConfig(image_size=8, patch_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=0)
     about = checkpoint.describe(DiT, config, Diffusion("linear", "eps", 50), (), "80 images of grey", 0, 1.0)
-    checkpoint.save_weights(tmp_path / "weights.safetensors", DiT(config).state_dict(), about)
+    checkpoint.save(tmp_path / "weights.safetensors", about, DiT(config).state_dict())
     result = run("steps", "--checkpoint", "weights.safetensors", "--dataset", "grey", "--device", "cpu")
     assert [point["numbers"].keys() for point in result["sweep"]] == [{"FD, random", "rho, random"}] * 2
     assert "| --steps | NFE | seconds for 20 | rho, random |" in capsys.readouterr().out.splitlines()
