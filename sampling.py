@@ -98,7 +98,8 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch
     any size and on any device.
     """
     generators = [seeded(seed, i) for i in indices]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    cuda = torch.device(device).type == "cuda"  # where a copy need not wait for what the GPU still has to do
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, non_blocking=cuda)
 
 
 def guidance_settings(values: list[float], timesteps: int) -> dict:

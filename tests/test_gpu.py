@@ -9,18 +9,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import checkpoint
 import dataset
 import distill
 import inference
+import sample_npz
 import train
 from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS
 from conftest import TINY, assert_equal_states, losses, settings_of, trained
@@ -32,6 +35,11 @@ from variance import LearnedVariance
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ("cpu", "cuda")
 SMALL = dict(hidden_size=16, depth=2, num_heads=2)
+# The bundled weights are guided at some of the timesteps.
+SAMPLERS = pytest.mark.parametrize(("sampler", "options"), [
+    ("dpm++", {}), ("dpm++", dict(guidance=3.0, guidance_interval=None)), ("ddim", {}), ("ddim", dict(eta=1.0)),
+    ("ddpm", dict(precision="bf16")), ("shortcut", {}),
+])
 TINY_ON_GPU = [*TINY[:-2], "--device", "cuda", "--batch-size", "50", "--save-every", "2"]
 
 
@@ -55,31 +63,32 @@ class OnGpu(Tensor):
     def __init__(self, memory: Tensor):
         self.memory = memory
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return self.memory.__reduce_ex__(protocol)  # a file holds the numbers
-
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         """Do an operation, of which at least one tensor is on the GPU, with the memory of its tensors."""
-        name, kwargs = operation._schema.name.removeprefix("aten::"), kwargs or {}
-        meeting, waits = tree_leaves((args, kwargs)), False
-        if name == "copy_":
-            to, what, *non_blocking = args
-            meeting, waits = [], isinstance(to, OnGpu) != isinstance(what, OnGpu) and non_blocking != [True]
-        elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            indices = [index for index in args[1] if index is not None]
-            if isinstance(args[0], OnGpu):  # then indices may be on the CPU, and are copied
-                meeting = tree_leaves((args[0], args[2:]))
-            waits = any(index.dtype == torch.bool or not isinstance(index, OnGpu) for index in indices)
-        elif name in ("_local_scalar_dense", "equal", "masked_select", "nonzero"):  # the first is .item() and bool()
-            waits = True
-        for x in meeting:  # single numbers of the CPU are passed to a kernel as such
-            assert isinstance(x, OnGpu) or not isinstance(x, Tensor) or x.ndim == 0, f"{name} of a GPU and the CPU"
-        cls.waits += [name] if waits else []
-        inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.memory, (args, kwargs))
-        result = operation(*inner_args, **inner_kwargs)
-        in_place = name.endswith("_") and isinstance(result, Tensor)
-        return args[0] if in_place else tree_map_only(Tensor, OnGpu, result)
+        name = operation._schema.name.removeprefix("aten::")
+        values, structure = tree_flatten((args, kwargs or {}))
+        cls.waits += [name] if meet(name, args, values) else []
+        args_there, kwargs_there = tree_unflatten([x.memory if isinstance(x, OnGpu) else x for x in values], structure)
+        result = operation(*args_there, **kwargs_there)
+        if isinstance(result, Tensor):
+            return args[0] if name.endswith("_") else OnGpu(result)  # with such a name it is done in place
+        return tree_map_only(Tensor, OnGpu, result)
+
+
+def meet(name: str, args: tuple, values: list) -> bool:
+    """Whether the CPU waits for an operation with these values. Fails where tensors of both are among them."""
+    waits = name in ("_local_scalar_dense", "equal", "masked_select", "nonzero")  # the first is .item() and bool()
+    if name == "copy_":
+        to, what, *non_blocking = args
+        return to.is_cuda != what.is_cuda and non_blocking != [True]
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_") and args[0].is_cuda:
+        indices = [index for index in args[1] if index is not None]  # they may be on the CPU, and are copied
+        waits = any(index.dtype == torch.bool or not index.is_cuda for index in indices)
+        values = [args[0], *args[2:]]
+    for x in values:  # single numbers of the CPU are passed to a kernel as such
+        assert not isinstance(x, Tensor) or x.is_cuda or x.ndim == 0, f"{name} of a GPU and the CPU"
+    return waits
 
 
 class Generator(torch.Generator):
@@ -113,16 +122,16 @@ class Placement(TorchFunctionMode):
             OnGpu.waits.append(name)
         return OnGpu(result)
 
-    def move(self, name: str, x: Tensor, *words, device=None, dtype=None, non_blocking=False, **_) -> Tensor:
+    def move(self, name: str, x: Tensor, *words, device=None, dtype=None, non_blocking=False, copy=False, **layout):
         """x.to(...), x.cpu() and x.cuda(), in all their forms. A copy waits, unless it is from the CPU and need not."""
         device = device or next((w for w in words if isinstance(w, torch.device | str)), None if name == "to" else name)
         dtype = dtype or next((w for w in words if isinstance(w, torch.dtype)), x.dtype)
-        device, x = torch.device(device or x.device), Tensor.to(x, dtype)
-        if device.type == x.device.type:
-            return x
-        there = device.type == "cuda"
+        there = torch.device(device or x.device).type == "cuda"
+        if there == x.is_cuda:
+            return Tensor.to(x, dtype, copy=copy, **layout)
         OnGpu.waits += [] if there and (non_blocking or True in words) else [name]
-        return OnGpu(x.detach().clone()) if there else x.detach().memory.clone()
+        memory = Tensor.to(x.detach() if there else x.detach().memory, dtype, copy=True, **layout)
+        return OnGpu(memory) if there else memory
 
 
 def pretended_waits(work: Callable[[], object]) -> list[str]:
@@ -144,6 +153,12 @@ def real_waits(work: Callable[[], object]) -> list[str]:
     return [str(warning.message) for warning in said if "synchronizing" in str(warning.message)]
 
 
+def one_group(lists: list[list[Tensor]], with_indices: bool = False) -> dict:
+    """Gradients by their device and type. PyTorch's own does not see the devices that tensors pretend."""
+    (gradients,) = lists
+    return {(gradients[0].device, gradients[0].dtype): (lists, [])}
+
+
 @pytest.fixture
 def pretended(monkeypatch) -> Iterator[Callable]:
     """A pretended GPU called "cuda"."""
@@ -154,12 +169,8 @@ def pretended(monkeypatch) -> Iterator[Callable]:
     monkeypatch.setattr(torch, "autocast", lambda _, *args, **options: autocast("cpu", *args, **options))
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # by module.to(device)
-    def one_group(lists: list[list[Tensor]], *_, **__) -> dict:
-        return {(lists[0][0].device, lists[0][0].dtype): (lists, [*range(len(lists[0]))])}
-
-    # PyTorch groups tensors in C++, where these are on the CPU.
-    monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", one_group)
     monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+    monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", one_group)
     with Placement():
         yield pretended_waits
 
@@ -230,12 +241,8 @@ def load(sampler: str, device: str) -> TrainedModel:
     return checkpoint.load_model(DISTILLED_WEIGHTS if sampler == "shortcut" else BUNDLED_WEIGHTS, device)
 
 
-@pytest.mark.parametrize(("sampler", "options"), [
-    ("dpm++", {}), ("ddim", {}), ("ddim", dict(eta=1.0)), ("ddpm", {}), ("ddpm", dict(precision="bf16")),
-    ("dpm++", dict(guidance=3.0, guidance_interval=None)), ("shortcut", {}),
-])
+@SAMPLERS
 def test_a_seed_gives_the_same_images_on_a_gpu(gpu, sampler, options):
-    """The bundled weights are guided at some of the timesteps."""
     options = dict(steps=4, **options)
     here, there = (load(sampler, device).sample(torch.arange(3), 2, sampler=sampler, **options) for device in DEVICES)
     assert not there.is_cuda
@@ -251,12 +258,10 @@ def test_a_learned_variance_gives_the_same_images_on_a_gpu(gpu):
     assert (samples[0] - samples[1]).abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("sampler", [
-    "dpm++", "ddim", "shortcut",
-])
-def test_a_sampling_step_does_not_wait_for_the_gpu(gpu, sampler):
+@SAMPLERS
+def test_a_sampling_step_does_not_wait_for_the_gpu(gpu, sampler, options):
     """The end of sampling does, for all steps at once."""
-    sample = partial(load(sampler, "cuda").sample, torch.arange(3), 3, sampler=sampler)
+    sample = partial(load(sampler, "cuda").sample, torch.arange(3), 3, sampler=sampler, **options)
     four, eight = (gpu(lambda steps=steps: sample(steps=steps)) for steps in (4, 8))
     assert four == eight
 
@@ -264,12 +269,19 @@ def test_a_sampling_step_does_not_wait_for_the_gpu(gpu, sampler):
 @pytest.mark.parametrize("words", [
     "--per-class 1 --guidance 2 300 800", "--trajectory --labels 3", "--compare-guidance 0 1 2 --labels 3",
     "--interpolate 3 8", "--gif --per-class 1", "--inpaint left picture.png --per-class 1",
+    "--from picture.png --labels 3",
 ])
 def test_each_command_of_inference_samples_on_a_gpu(gpu, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (28, 28)).save("picture.png")
     words = ["--device", "cuda", "--checkpoint", str(BUNDLED_WEIGHTS), "--steps", "2", *words.split()]
     assert inference.generate(inference.parse_args(words)).stat().st_size > 0
+
+
+def test_many_images_are_sampled_on_a_gpu(gpu, tmp_path):
+    words = ["--device", "cuda", "--checkpoint", str(BUNDLED_WEIGHTS), "--steps", "2", "--count", "3"]
+    sample_npz.main([str(tmp_path / "new.npz"), *words])
+    assert np.load(tmp_path / "new.npz")["arr_0"].shape == (3, 28, 28, 1)
 
 
 # --------------------------------------------------------------------------------------------------- a real GPU alone

@@ -314,19 +314,6 @@ def test_training_learns_the_classes(images, tmp_path):
     assert brightness.tolist() == pytest.approx([20, 100, 180], abs=20)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gpu_trains_and_resumes(images, tmp_path, precision):
-    tiny = [*TINY[:-2], "--device", "cuda", "--precision", precision, "--save-every", 10]
-    arguments = ["--dataset", images, *tiny]
-    run(*arguments, "--steps", 10, "--lr-schedule", "constant", "--run-dir", tmp_path / "parts")
-    run("--resume", tmp_path / "parts", "--steps", 20)
-    run(*arguments, "--steps", 20, "--lr-schedule", "constant", "--run-dir", tmp_path / "whole")
-    whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
-    for part in ("model", "ema", "optimizers"):
-        assert_equal_states(whole[part], parts[part])
-
-
 @pytest.mark.slow
 def test_without_a_compiler_it_trains_eagerly(images, tmp_path):
     arguments = ["--dataset", images, *[a for a in TINY if a != "--no-compile"], "--steps", 2, "--run-dir", "run"]
