@@ -31,8 +31,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--eta", type=number(float, 0, 1), default=0.0, help="for ddim: fresh noise, 0 for none, 1 as in ddpm")
     flag("--guidance", type=float, nargs="+", metavar="W", help="0 ignores the label, 1 is plain, above 1 exaggerates "
          "it; with LOW HIGH, only at these timesteps (default: what suits the weights)")
-    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of matrix products; fp32 on CUDA means "
-         "TF32; bf16 is faster on GPUs and some CPUs, and changes the images a little (default: fp32)")
+    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of matrix products; fp32 is TF32 on "
+         "newer GPUs; bf16 is faster on GPUs and some CPUs, and changes the images a little (default: fp32)")
     flag("--batch-size", type=number(int, 1), default=250, help="images at a time, which does not change them")
     flag("--device", choices=["cpu", "cuda", "mps"], help="(default: the best there is)")
 
