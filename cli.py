@@ -241,9 +241,10 @@ class Parser(argparse.ArgumentParser):
         values = value if several else [value]
         if value is None and self.defaults[name] is None:
             return None
-        if isinstance(action, argparse.BooleanOptionalAction) and type(value) is bool:
+        is_switch = isinstance(action, argparse.BooleanOptionalAction)
+        if is_switch and type(value) is bool:
             return value
-        fits = type(values) is list and all(type(v) in (int, float, str) for v in values)
+        fits = not is_switch and type(values) is list and all(type(v) in (int, float, str) for v in values)
         try:
             parsed = [self._get_value(action, str(v)) for v in values] if fits else []
         except (argparse.ArgumentError, UsageError):

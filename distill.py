@@ -246,7 +246,7 @@ class DistillTrainer(Trainer):
         """Train `fake` on fresh samples of the student, while there is matching."""
         if "fake_t" not in random:
             return
-        t, path_eps, eps = (random.pop(name) for name in ("fake_t", "path_eps", "fake_eps"))
+        t, path_eps, eps = (random[name] for name in ("fake_t", "path_eps", "fake_eps"))
         for i in range(FAKE_UPDATES):
             self.update_fake(y, to_device(t[:, i], self.device), path_eps[:, i], eps[:, i])
 
@@ -283,9 +283,12 @@ class DistillTrainer(Trainer):
 
     def losses(
         self, x0: Tensor, y: Tensor, t: Tensor, spans: Tensor, counts: Tensor, eps: Tensor,
-        match_t: Tensor | None = None, match_eps: Tensor | None = None,
+        match_t: Tensor | None = None, match_eps: Tensor | None = None, **of_fake: Tensor,
     ) -> Tensor:
-        """The `shortcut_loss` of each image or, where it is matched, the `matching_loss`, (b,)."""
+        """The `shortcut_loss` of each image or, where it is matched, the `matching_loss`, (b,).
+
+        of_fake: the randomness that is for `prepare`
+        """
         d, on_device = self.diffusion, partial(to_device, device=self.device)
         others, matched = ((counts == 0).nonzero()[:, 0], counts.nonzero()[:, 0])
         parts = []
@@ -329,7 +332,8 @@ class DistillTrainer(Trainer):
     def load(self, state: dict) -> None:
         super().load(state)
         checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
-        load_optimizers(self.fake_optimizers, state.get("fake_optimizers"))
+        if "fake_optimizers" in state:  # not before the matching
+            load_optimizers(self.fake_optimizers, state["fake_optimizers"])
         self.fake.load_state_dict(state["fake"])
 
     def describe(self, data: Images) -> dict:
@@ -368,9 +372,9 @@ def load_teacher(run: RunDir) -> TrainedModel:
         # A predicted eps says nothing of x0 where there is only noise.
         raise UsageError("distill.py needs a network that predicts x0 or v, without --learn-sigma: train one like that")
     if not teacher.is_image:
-        raise UsageError("distill.py needs a network of images, not of latents, since it clamps them")
-    if 2 * STEP_COUNTS[-1] > teacher.diffusion.T:
-        raise UsageError(f"distill.py needs a network of {2 * STEP_COUNTS[-1]} timesteps or more")
+        raise UsageError("distill.py clamps its samples, so it needs a network of images: these are latents")
+    if (T := teacher.diffusion.T) < 2 * STEP_COUNTS[-1]:
+        raise UsageError(f"distill.py needs {2 * STEP_COUNTS[-1]} timesteps or more: this network has {T}")
     return teacher
 
 

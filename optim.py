@@ -134,12 +134,12 @@ def states_after_a_step(optimizer: torch.optim.Optimizer) -> dict:
     return optimizer.state_dict()["state"]
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: dict | None) -> None:
-    """Restore what `optimizer_states` gave, None where no step was taken. Call it before the weights are restored.
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
+    """Restore what `optimizer_states` gave after a step. Call it before the weights are restored.
 
     Raises some exception where it is not finite, or not what such optimizers keep.
     """
-    for i, optimizer in enumerate(optimizers if saved is not None else []):
+    for i, optimizer in enumerate(optimizers):
         expected = states_after_a_step(optimizer)
         state = {int(n): kept for n, kept in saved.get(str(i), {}).items()}
         if expected and not state:

@@ -266,7 +266,8 @@ class Trainer:
             raise ValueError("it describes another diffusion process")
         for name in ("model", "ema"):
             checkpoint.check_weights(self.network, self.config, state[name])
-        load_optimizers(self.optimizers, state.get("optimizers", {}) if state["step"] else None)
+        if state["step"]:
+            load_optimizers(self.optimizers, state.get("optimizers", {}))
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
 

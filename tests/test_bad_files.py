@@ -329,7 +329,8 @@ def runs(state: dict) -> list[dict]:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The images of a folder are read without threads, which take long to begin."""
+    """The images of a folder are read without threads, which take long to begin, and nothing is downloaded."""
+    monkeypatch.setattr("dataset.from_torchvision", lambda *_: dataset.bundled_digits())
     monkeypatch.setattr("folders.thread_map", lambda work, items, **_: [work(item) for item in items])
 
 

@@ -242,8 +242,8 @@ def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
             run("--resume", tmp_path / "parts", "--steps", 7)
 
 
-def new_trainer(tiny_run) -> DistillTrainer:
-    words = [str(tiny_run), "--no-compile", "--device", "cpu", "--batch-size", "20", "--precision", "fp32"]
+def new_trainer(tiny_run, *more: str) -> DistillTrainer:
+    words = [str(tiny_run), *more, "--no-compile", "--device", "cpu", "--batch-size", "20", "--precision", "fp32"]
     parser = build_parser()
     args, device = settings(parser, parser.given([*words, "--guidance", "3", "300", "800", "--steps", "10"]))
     return DistillTrainer(checkpoint.load_model(tiny_run), args, device)
@@ -254,8 +254,11 @@ def trainer(tiny_run) -> DistillTrainer:
     return new_trainer(tiny_run)
 
 
-def test_a_dry_run_of_distilling_changes_nothing(trainer, tiny_run):
-    before, other = copy.deepcopy(trainer.state()), new_trainer(tiny_run)
+@pytest.mark.parametrize("matching", [False, True])  # from the first step, as from distilled weights
+def test_a_dry_run_of_distilling_changes_nothing(tiny_run, matching):
+    more = ["--student", "a run"] if matching else []
+    trainer, other = new_trainer(tiny_run, *more), new_trainer(tiny_run, *more)
+    before = copy.deepcopy(trainer.state())
     trainer.dry_run()
     assert_equal_states(trainer.state(), before)
     x0, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
@@ -367,7 +370,7 @@ def test_what_cannot_be_distilled_names_the_fix(tiny_run, images, tmp_path, argu
     [
         ("eps", T, False, "a network that predicts x0 or v, without --learn-sigma"),
         ("x0", T, True, "a network that predicts x0 or v, without --learn-sigma"),
-        ("v", 63, False, "a network of 64 timesteps or more"),
+        ("v", 63, False, "64 timesteps or more: this network has 63"),
     ],
 )
 def test_networks_that_cannot_be_distilled_are_refused(tmp_path, prediction, timesteps, learn_sigma, fix):

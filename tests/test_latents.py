@@ -189,7 +189,7 @@ def test_what_does_not_fit_names_the_fix(latent_run, tiny_run, encoded, vae, ima
         (lambda: train.main([*new, "--vae", str(tmp_path / "eight")]), "8 channels, and these are 60 latents"),
         (lambda: train.main([*new, "--image-size", "16"]), "leave --image-size out"),
         (lambda: train.main([*new[2:], "--dataset", "mnist-5000", "--vae", vae]), "--vae is for latents, and these"),
-        (lambda: distill.main([str(latent_run), "--dataset", str(encoded), "--device", "cpu"]), "not of latents"),
+        (lambda: distill.main([str(latent_run), "--dataset", str(encoded), "--device", "cpu"]), "these are latents"),
         (lambda: encode.encode(encode.parse_args([str(images), "--vae", vae, "--image-size", "30"])), "use 28"),
         (lambda: encode.encode(encode.parse_args(["nowhere", "--vae", vae])), "no folder nowhere"),
     ):

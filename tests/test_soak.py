@@ -54,10 +54,10 @@ def test_training_with_its_samples_stays_flat(images, tmp_path, monkeypatch, req
 def test_many_images_take_their_own_memory_and_little_more(tmp_path, request):
     counts, used = (1000, 50_000 if request.config.getoption("soak") >= 1 else 5000), []
     for n in counts:
-        words = ["--npz", f"{n}.npz", "--count", n, "--sampler", "shortcut", "--steps", 1]
-        result = run_script("-c", WATCHED, ROOT / "inference.py", *words, cwd=tmp_path)
+        words = [f"{n}.npz", "--count", n, "--sampler", "shortcut", "--steps", 1]
+        result = run_script("-c", WATCHED, ROOT / "tools" / "sample_npz.py", *words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        _, seconds, kib = result.stdout.split()
+        *_, seconds, kib = result.stdout.split()
         used.append(int(kib) / 2**10)
         print(f"{n:,} images: {float(seconds):.0f} s of work, {used[-1]:.0f} MiB")
         with np.load(tmp_path / f"{n}.npz") as file:
