@@ -14,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
+from classifier import DataReference  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
-from metrics import Reference, labels_as_in, measure  # noqa: E402
+from metrics import labels_as_in, measure  # noqa: E402
 from rundir import settings  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
+
+UNGUIDED = dict(guidance=1.0, guidance_interval=None)  # options of `TrainedModel.sample`
 
 
 class Store:
@@ -53,11 +56,11 @@ def trained_model(state: dict, network: type[DiT]) -> TrainedModel:
     return checkpoint.build(state, network=network)
 
 
-def measure_samples(trained: TrainedModel, reference: Reference, count: int, precision: str) -> dict[str, float]:
-    """Accuracy and rho of so many samples without guidance, in 20 steps of DPM-Solver++, seed 0."""
-    labels = labels_as_in(reference.tensors["labels.test"], count)
-    options = dict(guidance=1.0, guidance_interval=None, precision=precision)
-    table = measure(to_uint8(trained.sample(labels, 250, **options)), labels, reference)
+def measure_samples(trained: TrainedModel, reference: DataReference, count: int, **options) -> dict[str, float]:
+    """Accuracy and rho of so many samples, in 20 steps of DPM-Solver++, seed 0, with these options of `sample`."""
+    against = reference.parts[0]
+    labels = labels_as_in(reference.tensors[f"labels.{against}"], count)
+    table = measure(to_uint8(trained.sample(labels, 250, **options)), labels, reference, against)
     return {
         "accuracy": table["accuracy"]["generated"],
         "FD": table["FD, classifier"]["generated"],

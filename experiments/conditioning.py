@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import UNGUIDED, Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
 from torch import Tensor, nn
 
 import checkpoint
@@ -180,7 +180,7 @@ def run_one(name: str, objective: str, seed: int, args, store: Store, reference:
             **what, loss=sum(entry["loss"] for entry in log) / len(log),
             parameters=sum(p.numel() for p in trained.model.parameters()),
             gflops=gflops(NETWORKS[name], trained.model.config), hardware=hardware(), images=args.count,
-            **measure_samples(trained, reference, args.count, state["settings"]["precision"]),
+            **measure_samples(trained, reference, args.count, **UNGUIDED, precision=state["settings"]["precision"]),
         ))
 
 

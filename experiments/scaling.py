@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import UNGUIDED, Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
 from PIL import Image
 
 import checkpoint
@@ -41,12 +41,12 @@ def run_one(size: str, patch: int, args, store: Store, reference: Reference) -> 
             continue
         state = train_to(folder, DiT, flags, steps)
         trained = trained_model(state, DiT)
-        samples = grid(trained.sample(torch.arange(10), 10, guidance=1.0, guidance_interval=None), columns=10)
+        samples = grid(trained.sample(torch.arange(10), 10, **UNGUIDED), columns=10)
         checkpoint.write_whole(picture, lambda file, samples=samples: samples.save(file, "PNG"))
         store.save(dict(
             **what, hardware=hardware(), images=args.count,
             parameters=sum(p.numel() for p in trained.model.parameters()), gflops=gflops(DiT, trained.model.config),
-            **measure_samples(trained, reference, args.count, state["settings"]["precision"]),
+            **measure_samples(trained, reference, args.count, **UNGUIDED, precision=state["settings"]["precision"]),
         ))
 
 
@@ -92,6 +92,22 @@ def plot(rows: list[dict], path: Path) -> None:
     checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
 
 
+def plot_samples(pictures: dict[str, Image.Image], path: Path) -> None:
+    """A row of digits for each network (Figure 7), under its name."""
+    from matplotlib.figure import Figure
+
+    rows = [np.asarray(picture) for picture in pictures.values()]
+    height, width = rows[0].shape
+    figure = Figure(figsize=(7, 7 * len(rows) * height / width), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.concatenate(rows), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], pictures)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| model | M parameters | tokens | GFLOPs | ms a step | steps | accuracy | rho | rho, random |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -127,9 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         row["seconds_a_step"] = seconds[row["model"]]
     store.save()
     plot(store.rows, (args.output or ASSETS) / "scaling.png")
-    pictures = [Image.open(store.path.parent / f"scaling-{s}{p}.png") for s in sizes for p in patches]
-    picture = Image.fromarray(np.concatenate([np.asarray(row) for row in pictures]))  # as Figure 7
-    checkpoint.write_whole((args.output or ASSETS) / "scaling-samples.png", lambda file: picture.save(file, "PNG"))
+    pictures = {f"{s}/{p}": Image.open(store.path.parent / f"scaling-{s}{p}.png") for s in sizes for p in patches}
+    plot_samples(pictures, (args.output or ASSETS) / "scaling-samples.png")
     print(table(store.rows))
 
 

@@ -7,8 +7,14 @@
 other figure needs a data set.
 """
 
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +37,7 @@ import checkpoint  # noqa: E402
 import train  # noqa: E402
 from checkpoint import ASSETS, BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, RUNS, load_model  # noqa: E402
 from cli import Parser, UsageError, run_script  # noqa: E402
-from dataset import DIGITS, bundled_digits, to_float  # noqa: E402
+from dataset import DIGITS, MNIST_5000, bundled_digits, to_float  # noqa: E402
 from diffusion import SCHEDULES, Diffusion, spaced_timesteps  # noqa: E402
 from dit import MODELS, DiT, DiTConfig  # noqa: E402
 from inference import half_mask, read_image  # noqa: E402
@@ -415,13 +421,13 @@ def shortcut() -> None:
         arrow(axes, start, (-1, where), colour=colour)
         slope = where - start[1]
         axes.text(start[0] - 1000 * at, start[1] + slope * at + off, name, color=colour, size=SMALL, bbox=white,
-                  rotation=np.degrees(np.arctan2(slope, -1000)), transform_rotates_text=True,
+                  rotation=np.degrees(np.arctan2(-slope, 1000)), transform_rotates_text=True,
                   rotation_mode="anchor", ha="center", va=align)
     axes.text(140, 0.56, "many small steps", color=BLUE, size=SMALL, ha="center", bbox=white)
     axes.plot([-1, -1], [-1, 1], "o", color=INK, clip_on=False)
     for y in (-1, 1):
-        axes.text(-25, y, "data", va="center", size=SMALL)
-    axes.set(xlim=(1000, -30), xlabel="timestep t", ylabel=r"$x_t$", yticks=[-2, -1, 0, 1, 2])
+        axes.text(-25, y, "data", va="center", ha="right", size=SMALL)
+    axes.set(xlim=(-110, 1000), xlabel="timestep t", ylabel=r"$x_t$", yticks=[-2, -1, 0, 1, 2])
     save(figure, "shortcut")
 
 
@@ -520,6 +526,7 @@ def draw_attention(diagram: Diagram, attn: torch.nn.Module, tokens: str) -> None
     text, box, line, x, left = diagram.text, diagram.box, diagram.line, 5.65, 4.65
     heads, per_head = attn.num_heads, attn.proj.in_features // attn.num_heads
     diagram.frame(3.7, 4.6, 7.6, 14.0, "Attention")
+    diagram.axes.plot([7.6, 8.5], [4.9, 4.55], color=GREY, linewidth=1.2, linestyle="--", zorder=0)  # to its box
     text(x, 5.05, tokens)
     line((x, 5.3), (x, 5.75))
     box(x, 6.15, "qkv: Linear", count(attn.qkv), 3.4)
@@ -593,10 +600,45 @@ def dit_architecture() -> None:
     save(diagram.figure, "dit_architecture")
 
 
+@cache
+def run_changed(diff: str, commands: str) -> list[Image.Image]:
+    """The pictures that command lines make in a copy of the code, changed as a block on docs/lab.md says."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (*ROOT.glob("*.py"), MNIST_5000, BUNDLED_WEIGHTS):
+            to = Path(folder) / path.relative_to(ROOT)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copy(path, to)
+        if diff:
+            file, old, new = re.fullmatch(r"--- ([\w.]+), .*\n-(.*)\n\+(.*)\n", diff).groups()
+            (Path(folder) / file).write_text((ROOT / file).read_text().replace(f"{old}\n", f"{new}\n"))
+        for line in commands.splitlines():
+            subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=folder, check=True)
+        return [Image.open(path).copy() for path in sorted(Path(folder).glob("*.png"))]
+
+
+def lab(number: int) -> None:
+    """lab-1.png ...: what a change on docs/lab.md does: the digits of the code as it is, and those of the changed code,
+    by its command.
+    """
+    section = re.compile(r"^## .*?(?:```diff\n(.*?)```\n+)?```bash\n(.*?)```", re.DOTALL | re.MULTILINE)
+    (_, unchanged), *exercises = section.findall(LAB.read_text())
+    diff, commands = exercises[number - 1]
+    before, after = run_changed("", unchanged), run_changed(diff, commands)[0]
+    pictures = before["train.py" not in commands], after
+    figure = canvas(1.6)
+    for axes, picture, title in zip(figure.subplots(1, 2), pictures, ("the code as it is", "changed"), strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=SMALL, pad=3)
+        axes.set_axis_off()
+    save(figure, f"lab-{number}")
+
+
+LAB = ROOT / "docs" / "lab.md"
 FIGURES: dict[str, Callable] = {
     "digits": digits, "denoising": denoising, "diffusion": diffusion, "dit_architecture": dit_architecture,
     "loss": loss, "inference-result": inference_result, "guidance": guidance, "attention": attention,
     "inpainting": inpainting, "interpolation": interpolation, "steps": steps, "shortcut": shortcut,
+    **{f"lab-{number}": partial(lab, number) for number in range(1, 11)},
 }
 
 
