@@ -139,6 +139,8 @@ class RunDir:
         if self.state and self.state.get("fingerprint") != self.fingerprint:
             found = f"this run began with {self.state['data']}, and here are {data.source}"
             raise UsageError(f"{found}, with other images, labels or classes: give it the data that it began with")
+        if self.args.flip and data.pixels.is_floating_point():
+            raise UsageError(f"--flip is for images, and these are {data.source}: leave it out")
         self.args.dataset = self.args.dataset or data.name
         self.autoencoder = load_autoencoder(self.args.vae, data, self.device)
         return data

@@ -187,6 +187,7 @@ def test_what_does_not_fit_names_the_fix(latent_run, tiny_run, encoded, vae, ima
         (lambda: sample(*decoded, "--from", "x.png"), "without --inpaint or --from"),
         (lambda: sample(tiny_run, tmp_path / "a.png", "--vae", vae), "--vae is for latents: leave it out"),
         (lambda: train.main([*new, "--vae", str(tmp_path / "eight")]), "8 channels, and these are 60 latents"),
+        (lambda: train.main([*new, "--flip"]), "--flip is for images, and these are 60 latents"),
         (lambda: train.main([*new, "--image-size", "16"]), "leave --image-size out"),
         (lambda: train.main([*new[2:], "--dataset", "mnist-5000", "--vae", vae]), "--vae is for latents, and these"),
         (lambda: distill.main([str(latent_run), "--dataset", str(encoded), "--device", "cpu"]), "these are latents"),

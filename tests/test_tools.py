@@ -120,7 +120,7 @@ def test_what_a_sweep_sets_itself_cannot_be_set(weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["benchmark", "make_figures", "sweep", "train_classifier"])
+@pytest.mark.parametrize("tool", ["benchmark", "letters", "make_figures", "sweep", "train_classifier"])
 def test_a_tool_runs_in_any_folder(tool, tmp_path):
     result = run_script(f"tools/{tool}.py", "--help", cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
