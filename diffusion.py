@@ -1,9 +1,9 @@
 """The mathematics of diffusion as in DDPM, for any noise schedule. It is independent of the network.
 
 A diffusion model learns to remove noise. The forward process turns an image x0 into noise eps ~ N(0, I), in T
-timesteps: x_t = alpha_t x0 + sigma_t eps. The network is trained to predict eps from x_t (or x0, or v, see
-`Diffusion`). Sampling runs the reverse process: it starts from pure noise and removes a little of it at each timestep.
-A hat, as in x0_hat, marks a prediction.
+timesteps: x_t = alpha_t x0 + sigma_t eps. The network is trained to predict x0, eps or v from x_t, see `Diffusion`.
+(train.py predicts x0 under flow; the defaults here are those of DDPM.) Sampling runs the reverse process: it starts
+from pure noise and removes a little of it at each timestep. A hat, as in x0_hat, marks a prediction.
 
 DDPM is Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239:
 
