@@ -212,6 +212,18 @@ def test_the_use_from_python_runs(monkeypatch, tmp_path):
     assert Image.open("three.png").size == (28, 28)
 
 
+def test_each_change_of_the_lab_fits_one_line_of_the_code():
+    page = (ROOT / "docs" / "lab.md").read_text()
+    changes = re.findall(r"```diff\n--- ([\w.]+), ([\w.]+)\n-(.*)\n\+(.*)\n```\n", page)
+    assert len(changes) == page.count("```diff") == 7
+    for file, function, old, new in changes:
+        assert f"{old}\n" in source_of(f"{file}, {function}") and (ROOT / file).read_text().count(f"{old}\n") == 1
+        assert new != old
+    assert len(re.findall(r"^## \d+\.", page, re.MULTILINE)) == 10
+    assert all((ROOT / "assets" / f"lab-{n}.png").exists() and f"assets/lab-{n}.png" in page for n in range(1, 11))
+    assert len(page.split()) <= 1500
+
+
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 
 

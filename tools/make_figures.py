@@ -1,10 +1,10 @@
 """Make the figures of the pages, each from the code and the weights of this repository.
 
-    python tools/make_figures.py                            all of them, about half an hour on two CPU cores
+    python tools/make_figures.py                            all of them, about an hour on two CPU cores
     python tools/make_figures.py diffusion guidance         these two
 
-`loss` trains a network for 5,000 steps in runs/figure first, and resumes this training where it was interrupted. No
-other figure needs a data set.
+`loss` trains a network for 5,000 steps in runs/figure first, and resumes this training run where it was interrupted. No
+other figure needs a data set. `lab-1` to `lab-10` run the experiments of docs/lab.md.
 """
 
 import re
@@ -61,6 +61,7 @@ SMALL = 9              # points of small letters; the others have 11
 COUNT = 1000           # samples behind each number
 LABELS = torch.arange(10)
 NAMES = [str(digit) for digit in range(10)]
+LAB = ROOT / "docs" / "lab.md"
 
 
 def canvas(height: float) -> Figure:
@@ -617,9 +618,7 @@ def run_changed(diff: str, commands: str) -> list[Image.Image]:
 
 
 def lab(number: int) -> None:
-    """lab-1.png ...: what a change on docs/lab.md does: the digits of the code as it is, and those of the changed code,
-    by its command.
-    """
+    """lab-1.png ...: the digits of the code as it is, and those with a change of docs/lab.md, made by its commands."""
     section = re.compile(r"^## .*?(?:```diff\n(.*?)```\n+)?```bash\n(.*?)```", re.DOTALL | re.MULTILINE)
     (_, unchanged), *exercises = section.findall(LAB.read_text())
     diff, commands = exercises[number - 1]
@@ -633,7 +632,6 @@ def lab(number: int) -> None:
     save(figure, f"lab-{number}")
 
 
-LAB = ROOT / "docs" / "lab.md"
 FIGURES: dict[str, Callable] = {
     "digits": digits, "denoising": denoising, "diffusion": diffusion, "dit_architecture": dit_architecture,
     "loss": loss, "inference-result": inference_result, "guidance": guidance, "attention": attention,
