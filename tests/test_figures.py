@@ -82,5 +82,5 @@ def test_attention_weights_add_up_to_one(monkeypatch):
 
 def test_an_unknown_figure_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["make_figures.py", "portrait"])
-    with pytest.raises(UsageError, match=r"no figure 'portrait': use digits, denoising, .*shortcut\Z"):
+    with pytest.raises(UsageError, match=r"no figure 'portrait': use digits, denoising, .*shortcut, lab-1, .*lab-10\Z"):
         make_figures.main()
