@@ -4,7 +4,7 @@
     python experiments/fine_tuning.py                        two hours on one CPU core; resumes where it stopped
     python experiments/fine_tuning.py --quick --dataset mnist-5000       in two minutes, with results that mean nothing
 
-DiT-U/7 is trained for 400, 800, 1,600 and 3,200 steps, which take about 1, 2, 4 and 8 minutes on two cores. All
+DiT-U/7 is trained for 400, 800, 1,600 and 3,200 steps, which take some 1 to 6 minutes on two cores. All
 settings are the defaults. The learning rate falls to zero at the end, so each number of steps is a training run of its
 own. Samples are guided as by default.
 """
@@ -71,7 +71,7 @@ def plot(rows: list[dict], pictures: Path, path: Path) -> None:
             axes.plot([row["minutes"] for row in mine], [row[measure] for row in mine], ".", color=colour)
             means = [np.mean([row[measure] for row in mine if row["steps"] == steps]) for steps, _ in times]
             axes.plot([minutes for _, minutes in times], means, "o-", color=colour, label=f"begun with {beginning}")
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.1f}%"))
     panels[0].set_ylabel("accuracy")
     panels[1].set(ylabel="rho (1: real letters)", yscale="log")
     panels[1].yaxis.set(minor_formatter=FuncFormatter(lambda value, _: f"{value:g}"),
