@@ -6,7 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,6 +70,16 @@ def measure_samples(trained: TrainedModel, reference: DataReference, count: int,
         "rho": table["rho, classifier"]["generated"],
         "rho, random": table["rho, random"]["generated"],
     }
+
+
+def show_rows(axes: Axes, pictures: dict[str, Image.Image], **options) -> None:
+    """Pictures of the same size, one under the other, each beside its name. options: of `imshow`"""
+    rows = [np.asarray(picture) for picture in pictures.values()]
+    axes.imshow(np.concatenate(rows), cmap="gray", vmin=0, vmax=255, **options)
+    axes.set_xticks([])
+    axes.set_yticks([(i + 0.5) * len(rows[0]) for i in range(len(rows))], pictures)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def gflops(network: type[DiT], config: DiTConfig) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Store, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import Store, hardware, measure_samples, seconds_a_step, show_rows, train_to, trained_model
 from PIL import Image
 
 import checkpoint
@@ -83,14 +83,10 @@ def plot(rows: list[dict], pictures: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
     upper.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     for axes, (beginning, colour) in zip(lower.subplots(2, 1), COLOURS.items(), strict=True):
-        strips = [np.asarray(Image.open(picture_path(pictures, beginning, steps))) for steps, _ in times]
-        axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255)
-        axes.set_xticks([])
-        axes.set_yticks([(i + 0.5) * len(strips[0]) for i in range(len(strips))], [f"{m:.1f}" for _, m in times])
+        strips = {f"{m:.1f}": Image.open(picture_path(pictures, beginning, steps)) for steps, m in times}
+        show_rows(axes, strips)
         axes.set_ylabel("minutes")
         axes.set_title(f"begun with {beginning}", color=colour, fontsize=10)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
     checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=200))
 
 

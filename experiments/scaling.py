@@ -11,9 +11,18 @@ finds that sample quality follows the GFLOPs of a forward pass, however they are
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from common import UNGUIDED, Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import (
+    UNGUIDED,
+    Store,
+    gflops,
+    hardware,
+    measure_samples,
+    seconds_a_step,
+    show_rows,
+    train_to,
+    trained_model,
+)
 from PIL import Image
 
 import checkpoint
@@ -93,18 +102,12 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def plot_samples(pictures: dict[str, Image.Image], path: Path) -> None:
-    """A row of digits for each network (Figure 7), under its name."""
+    """A row of digits for each network (Figure 7), beside its name."""
     from matplotlib.figure import Figure
 
-    rows = [np.asarray(picture) for picture in pictures.values()]
-    height, width = rows[0].shape
-    figure = Figure(figsize=(7, 7 * len(rows) * height / width), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(np.concatenate(rows), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], pictures)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    width, height = next(iter(pictures.values())).size
+    figure = Figure(figsize=(7, 7 * len(pictures) * height / width), layout="constrained")
+    show_rows(figure.subplots(), pictures, interpolation="nearest")
     checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=150))
 
 
