@@ -3,7 +3,7 @@
     python distill.py                                        the bundled weights
     python distill.py runs/mnist-1
     python distill.py --resume runs/mnist-2
-    python distill.py runs/mnist-3 --student runs/mnist-2 --steps 500    a better teacher for distilled weights
+    python distill.py runs/mnist-3 --student runs/mnist-2 --steps 900 --lr 3e-4      more matching for distilled weights
 
 A shortcut model learns from itself: one step should arrive where two of half the size do (arXiv 2410.12557, Eq. 4). In
 the paper the smallest steps are learned from data in the same training. Here a trained network, the teacher, says where
@@ -36,7 +36,7 @@ from cli import Parser, UsageError, run_script, usage
 from dataset import Images
 from diffusion import Diffusion, guide, sample_timesteps
 from optim import load_optimizers, make_optimizers, optimizer_states, take_step
-from rundir import MAY_CHANGE, RunDir, distributed, to_device
+from rundir import MAY_CHANGE, RunDir, distributed, local_part, to_device
 from sampling import TrainedModel, guidance_settings, seeded
 from shortcut import STEP_COUNTS, ShortcutDiT, ShortcutModel, shortcut_timesteps
 from speed import autocast
@@ -46,9 +46,12 @@ STEP_COUNT_CYCLE = (1, 1, 2, 4, 8, 16, 32, 32, 32, 32)  # of each 10 images, int
 MATCHING_BEGINS = 0.7       # the fraction of the training after which samples are matched
 MATCHED_COUNTS = (1, 1, 2, 4)  # the number of steps in the path that each sample ends, of 4 samples
 MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
-MATCHING_GUIDANCE = 0.35    # the fraction of the teacher's guidance (its scale - 1) for the distribution to match
+# For each of these paths, the fraction of the teacher's guidance (its scale - 1) for the distribution to match. The
+# steps before the last one are guided already, since the student learns them as shortcuts.
+MATCHING_GUIDANCE = {1: 0.35, 2: 0.1, 4: 0.0}
 FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
-FAKE_LR = 0.25              # its learning rate, as a fraction of the student's highest
+FAKE_LR = 5e-4              # its learning rate
+FAKE_ALONE = 400            # with --student, the first steps, in which only `fake` learns
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -242,17 +245,31 @@ class DistillTrainer(Trainer):
             random |= dict(match_eps=noise[:, 1], path_eps=noise[:, 2::2], fake_eps=noise[:, 3::2])
         return random
 
-    def prepare(self, x0: Tensor, y: Tensor, random: dict[str, Tensor]) -> None:
-        """Train `fake` on fresh samples of the student, while there is matching."""
+    def step(self, step: int, x0: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
+        """As for any training, but with a student that is distilled already, only `fake` learns at first. It begins as
+        a copy of the teacher, and while it does not know the student's samples, their score would be wrong.
+        """
+        if not self.args.student or step >= FAKE_ALONE:
+            return super().step(step, x0, y, lr)
+        random = {name: local_part(values) for name, values in self.randomness(step).items()}
+        losses, norm = self.prepare(x0, y, random)
+        return dict(losses=losses, t_of_T=random["fake_t"][:, -1] / self.diffusion.T, gradient_norm=norm)
+
+    def prepare(self, x0: Tensor, y: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Train `fake` on fresh samples of the student, while there is matching. Returns what its last step did."""
         if "fake_t" not in random:
-            return
+            return None
         t, path_eps, eps = (random[name] for name in ("fake_t", "path_eps", "fake_eps"))
         for i in range(FAKE_UPDATES):
-            self.update_fake(y, to_device(t[:, i], self.device), path_eps[:, i], eps[:, i])
+            done = self.update_fake(y, to_device(t[:, i], self.device), path_eps[:, i], eps[:, i])
+        return done
 
-    def update_fake(self, y: Tensor, t: Tensor, path_eps: Tensor, eps: Tensor) -> None:
-        """A training step of `fake` with the ordinary loss, on samples of the student from the noise path_eps."""
-        n, counts = self.micro_batch_size, matched_counts(len(y))
+    def update_fake(self, y: Tensor, t: Tensor, path_eps: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """A training step of `fake` with the ordinary loss, on samples of the student from the noise path_eps.
+
+        Returns the losses (b,), and the norm of the gradient.
+        """
+        n, counts, losses = self.micro_batch_size, matched_counts(len(y)), []
         spans = to_device(last_spans(counts, self.diffusion.T), self.device)
         self.fake.zero_grad()
         for i in range(self.args.grad_accum_steps):
@@ -265,10 +282,12 @@ class DistillTrainer(Trainer):
                     sample = self.diffusion.predict_x0(out, x_t, spans[micro, 0])
                 sample = sample.clamp(-1, 1)  # as it is shown: what is out of range there need not be matched
                 fake = with_sizes_of(spans[micro], self.ddp_fake)
-                loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro]).mean()
-            (loss / self.args.grad_accum_steps).backward()
-        nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
-        take_step(self.fake_optimizers, FAKE_LR * self.args.lr)
+                loss = self.diffusion.training_loss(fake, sample, y[micro], t[micro], eps[micro])
+            (loss.mean() / self.args.grad_accum_steps).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.fake.parameters(), MAX_NORM)
+        take_step(self.fake_optimizers, FAKE_LR)
+        return torch.cat(losses), norm
 
     def path_starts(self, x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         """x (b, C, S, S), where it is noise from which a path of counts (b,) steps begins replaced by the beginning of
@@ -290,11 +309,12 @@ class DistillTrainer(Trainer):
         of_fake: the randomness that is for `prepare`
         """
         d, on_device = self.diffusion, partial(to_device, device=self.device)
-        others, matched = ((counts == 0).nonzero()[:, 0], counts.nonzero()[:, 0])
+        groups = [(counts == steps).nonzero()[:, 0] for steps in (0, *MATCHING_GUIDANCE)]
+        others, *matched = groups
         parts = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             x_t = d.q_sample(x0, on_device(t), eps)
-            if len(matched):
+            if len(others) < len(counts):
                 x_t = torch.where(on_device(counts).view(-1, 1, 1, 1) > 0, self.path_starts(eps, y, counts), x_t)
             x0_hat = d.predict_x0(self.ddp_model(x_t, on_device(spans), y).float(), x_t, on_device(t))
             if len(others):
@@ -302,13 +322,14 @@ class DistillTrainer(Trainer):
                 parts.append(
                     shortcut_loss(d, x0_hat[some], self.ema, self.teach_spans, x_t[some], y[some], spans[others])
                 )
-            if len(matched):
-                some = on_device(matched)
-                teacher = partial(self.teach, fraction=MATCHING_GUIDANCE)
-                fake, t = with_sizes_of(on_device(spans[matched]), self.fake), on_device(match_t[matched])
-                part = matching_loss(d, x0_hat[some], teacher, fake, y[some], t, match_eps[some])
-                parts.append(MATCHING_WEIGHT * part)
-        order = torch.cat([others, matched]).argsort()
+            for chosen, fraction in zip(matched, MATCHING_GUIDANCE.values(), strict=True):
+                if len(chosen):
+                    some, t = on_device(chosen), on_device(match_t[chosen])
+                    teacher = partial(self.teach, fraction=fraction)
+                    fake = with_sizes_of(on_device(spans[chosen]), self.fake)
+                    part = matching_loss(d, x0_hat[some], teacher, fake, y[some], t, match_eps[some])
+                    parts.append(MATCHING_WEIGHT * part)
+        order = torch.cat(groups).argsort()
         return torch.cat(parts)[on_device(order)]
 
     def teach(self, x_t: Tensor, t: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
@@ -330,7 +351,8 @@ class DistillTrainer(Trainer):
         }
 
     def load(self, state: dict) -> None:
-        super().load(state)
+        alone = FAKE_ALONE if self.args.student else 0
+        super().load({**state, "step": max(0, state["step"] - alone)})  # the steps that the student has taken
         checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
         if "fake_optimizers" in state:  # not before the matching
             load_optimizers(self.fake_optimizers, state["fake_optimizers"])
@@ -352,8 +374,9 @@ def build_parser() -> Parser:
     flag = parser.group("distillation")
     flag("checkpoint", str(BUNDLED_WEIGHTS), "what to distill, a file or the folder of a run (default: the bundled "
          "weights)", nargs="?")
-    flag("--student", None, "distilled weights to begin with, of a network of the same shape; then samples are matched "
-         "from the first step (default: the student begins as its teacher)")
+    flag("--student", None, "distilled weights to begin with, of a network of the same shape; then the distributions "
+         f"are matched from step {FAKE_ALONE} on, and the network fake learns before (default: the student begins as "
+         "its teacher)")
     flag("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: that of the weights)",
          type=float, nargs="+", metavar="W")
     add_training_flags(parser)

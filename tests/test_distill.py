@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import distill
 import train
 from checkpoint import CheckpointError
 from cli import UsageError
@@ -217,6 +218,28 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
     assert whole["settings"]["guidance"] == [2.0, 300, 800]
 
 
+@pytest.mark.parametrize("stop", [2, 5])  # while only `fake` learns, and after
+def test_a_run_that_begins_with_a_student_resumes_to_the_bit(tiny_run, images, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(distill, "FAKE_ALONE", 3)
+    small = ["--dataset", images, "--batch-size", 16, "--warmup", 2, "--no-compile", "--device", "cpu"]
+    assert run(tiny_run, *small, "--steps", 2, "--run-dir", tmp_path / "student") == 0
+    arguments = [tiny_run, "--student", tmp_path / "student", *small, "--steps", 6]
+    assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "asked_to_stop", lambda self: self.step == stop)
+        assert run(*arguments, "--run-dir", tmp_path / "parts") == 128
+    stopped, student = (checkpoint.load(tmp_path / name) for name in ("parts", "student"))
+    names = ("final_layer.linear.weight", "blocks.0.attn.qkv.weight")
+    for name in names:  # the student has moved only in steps after those of `fake` alone
+        assert torch.equal(stopped["model"][name], student["ema"][name]) == (stop == 2)
+        assert not torch.equal(stopped["fake"][name], stopped["teacher"]["ema"][name])
+    assert run("--resume", tmp_path / "parts") == 0
+    whole, parts = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("model", "ema", "fake", "optimizers", "fake_optimizers"):
+        assert_equal_states(whole[part], parts[part])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
 def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
     small = ["--dataset", images, "--batch-size", 16, "--no-compile", "--device", "cpu", "--steps", 6]
     assert run(tiny_run, *small, "--run-dir", tmp_path / "parts") == 0
@@ -311,7 +334,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images_however_they_are_divided(
             x_t = simulate_path(d, trainer.ema, eps, y[n], int(random["counts"][i]))
         x0_hat = trainer.model(x_t, spans, y[n])
         if step and i % 2:
-            teacher = partial(trainer.teach, fraction=MATCHING_GUIDANCE)
+            teacher = partial(trainer.teach, fraction=MATCHING_GUIDANCE[int(random["counts"][i])])
             fake = with_sizes_of(spans, trainer.fake)
             loss = 0.5 * matching_loss(d, x0_hat, teacher, fake, y[n], random["match_t"][n], random["match_eps"][n])
         else:
