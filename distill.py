@@ -190,10 +190,10 @@ def matching_loss(
 class DistillTrainer(Trainer):
     """A student in training, and later the network `fake` beside it. They begin as copies of the teacher.
 
-    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, or at once where it begins
-    with distilled weights, half of each batch is for that and the other half for samples that are matched. Before each
-    of these steps, `fake` takes FAKE_UPDATES steps of its own, with fresh samples, so that it keeps up with the student
-    (the two time scales of DMD2, section 4.2).
+    First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch is for that
+    and the other half for samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
+    own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2). Where the
+    student begins with distilled weights, `fake` learns alone for FAKE_ALONE steps, and then samples are matched.
     """
 
     network = ShortcutDiT
@@ -213,7 +213,7 @@ class DistillTrainer(Trainer):
         self.teacher_guidance = guidance_settings(self.args.guidance, self.diffusion.T)
         self.model = ShortcutDiT(self.config).to(self.device)
         self.model.load_state_dict(teacher.state_dict(), strict=False)
-        self.fake = copy.deepcopy(self.model)
+        self.fake, self.fake_alone = copy.deepcopy(self.model), FAKE_ALONE if self.args.student else 0
         if self.student:
             self.model.load_state_dict(self.student.model.state_dict())
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -246,10 +246,10 @@ class DistillTrainer(Trainer):
         return random
 
     def step(self, step: int, x0: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
-        """As for any training, but with a student that is distilled already, only `fake` learns at first. It begins as
-        a copy of the teacher, and while it does not know the student's samples, their score would be wrong.
+        """As for any training, except where only `fake` learns. It begins as a copy of the teacher, and until it has
+        learned the samples of a student that is distilled already, it gives a wrong score of them.
         """
-        if not self.args.student or step >= FAKE_ALONE:
+        if step >= self.fake_alone:
             return super().step(step, x0, y, lr)
         random = {name: local_part(values) for name, values in self.randomness(step).items()}
         losses, norm = self.prepare(x0, y, random)
@@ -351,8 +351,7 @@ class DistillTrainer(Trainer):
         }
 
     def load(self, state: dict) -> None:
-        alone = FAKE_ALONE if self.args.student else 0
-        super().load({**state, "step": max(0, state["step"] - alone)})  # the steps that the student has taken
+        super().load({**state, "step": max(0, state["step"] - self.fake_alone)})  # the steps that the student has taken
         checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
         if "fake_optimizers" in state:  # not before the matching
             load_optimizers(self.fake_optimizers, state["fake_optimizers"])
@@ -403,7 +402,9 @@ def load_teacher(run: RunDir) -> TrainedModel:
 
 def load_student(run: RunDir, teacher: TrainedModel) -> ShortcutModel | None:
     """The weights to begin with, if --student names some. Raises UsageError, CheckpointError."""
-    source = run.args.student
+    source, steps = run.args.student, run.args.steps
+    if source and steps and steps <= FAKE_ALONE:
+        raise UsageError(f"with --student the network fake learns alone for {FAKE_ALONE} steps: give more --steps")
     if not source or run.state:
         return None
     student = checkpoint.load_model(source, run.device)

@@ -379,6 +379,7 @@ def test_a_distilled_network_samples_in_one_step_what_its_teacher_samples_in_man
     [
         (["--model", "DiT-N/4"], "unrecognized arguments: --model"),
         (["--min-snr", 5], "unrecognized arguments: --min-snr"),
+        (["--student", "a run", "--steps", 400], "the network fake learns alone for 400 steps: give more --steps"),
         (["--dataset", "mnist-5000"], "of other classes or size: give its --dataset"),
     ],
 )
