@@ -373,7 +373,7 @@ def build_parser() -> Parser:
     flag = parser.group("distillation")
     flag("checkpoint", str(BUNDLED_WEIGHTS), "what to distill, a file or the folder of a run (default: the bundled "
          "weights)", nargs="?")
-    flag("--student", None, "distilled weights to begin with, of a network of the same shape; then the distributions "
+    flag("--student", None, "distilled weights to begin with, of the same shape and schedule; then the distributions "
          f"are matched from step {FAKE_ALONE} on, and the network fake learns before (default: the student begins as "
          "its teacher)")
     flag("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: that of the weights)",
@@ -402,14 +402,15 @@ def load_teacher(run: RunDir) -> TrainedModel:
 
 def load_student(run: RunDir, teacher: TrainedModel) -> ShortcutModel | None:
     """The weights to begin with, if --student names some. Raises UsageError, CheckpointError."""
-    source, steps = run.args.student, run.args.steps
-    if source and steps and steps <= FAKE_ALONE:
+    source = run.args.student
+    if source and (run.args.steps or 0) <= FAKE_ALONE:  # or --minutes, whose steps are not known yet
         raise UsageError(f"with --student the network fake learns alone for {FAKE_ALONE} steps: give more --steps")
     if not source or run.state:
         return None
     student = checkpoint.load_model(source, run.device)
-    if not isinstance(student, ShortcutModel) or student.model.config != teacher.model.config:
-        raise UsageError(f"{source} was not distilled from a network of this shape: leave --student out")
+    alike = student.model.config == teacher.model.config and student.diffusion.config == teacher.diffusion.config
+    if not isinstance(student, ShortcutModel) or not alike:
+        raise UsageError(f"{source} was not distilled from a network of this shape and schedule: leave --student out")
     return student
 
 

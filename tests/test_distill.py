@@ -248,6 +248,8 @@ def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
         run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
     with pytest.raises(UsageError, match="is distilled already"):
         run(tmp_path / "parts", "--dataset", images)
+    with pytest.raises(UsageError, match="was not distilled from a network of this shape and schedule"):
+        run(tiny_run, "--student", tiny_run, "--dataset", images)
     for command, folder in ((train.main, tmp_path / "parts"), (main, tiny_run)):  # each resumes its own runs
         with pytest.raises(UsageError, match=r"was begun by .*: continue it with python"):
             command(["--resume", str(folder), "--steps", "30"])
@@ -380,6 +382,7 @@ def test_a_distilled_network_samples_in_one_step_what_its_teacher_samples_in_man
         (["--model", "DiT-N/4"], "unrecognized arguments: --model"),
         (["--min-snr", 5], "unrecognized arguments: --min-snr"),
         (["--student", "a run", "--steps", 400], "the network fake learns alone for 400 steps: give more --steps"),
+        (["--student", "a run", "--minutes", 5], "the network fake learns alone for 400 steps: give more --steps"),
         (["--dataset", "mnist-5000"], "of other classes or size: give its --dataset"),
     ],
 )
