@@ -79,7 +79,7 @@ def read_npz(path: Path, any_shape: bool = False) -> tuple[Tensor, np.ndarray | 
         _, H, W, C = images.shape if images.ndim != 3 else (*images.shape, 1)
     except Exception as error:  # a broken file can provoke any
         reason = " ".join(str(error).split())[:100]
-        raise UsageError(f"cannot read {path} ({reason}): give an .npz as inference.py --npz writes it") from error
+        raise UsageError(f"cannot read {path} ({reason}): give an .npz as tools/sample_npz.py writes it") from error
     fits = H == W > 0 and C in (1, 3) if any_shape else (C, H, W) == MNIST
     if images.dtype != np.uint8 or not fits:
         shape = "square images (N, S, S, 1 or 3)" if any_shape else "images (N, 28, 28, 1), or name others by --dataset"

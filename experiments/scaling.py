@@ -1,4 +1,4 @@
-"""More parameters or more tokens: section 4 and Figures 6 to 9 of the DiT paper, in miniature.
+"""More parameters or more tokens: section 5 and Figures 6 to 9 of the DiT paper, in miniature.
 
     python experiments/scaling.py                            some hours on one CPU core; resumes where it stopped
     python experiments/scaling.py --quick                    the same in a minute, with results that mean nothing

@@ -36,7 +36,7 @@ def train_on_samples(path: Path, train: dataset.Images, test: dataset.Images) ->
     """Print the accuracy of a classifier that is trained on the samples in `path`, and on as many real images."""
     images, labels = choose(path, *read_npz(path), count=None)
     if labels is None:
-        raise UsageError(f"{path} has no labels to train on: write it with inference.py --npz")
+        raise UsageError(f"{path} has no labels to train on: write it with tools/sample_npz.py")
     some = torch.randperm(len(train.labels), generator=seeded(0, 1))[: len(images)]
     for name, x, y in (("samples", images, labels), ("real images", train.pixels[some], train.labels[some])):
         print(f"trained on {len(x):,} {name}: accuracy {accuracy(fit(x, y, seed=1), test):.2%}")
