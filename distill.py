@@ -231,11 +231,11 @@ class DistillTrainer(Trainer):
         """
         n, T, generator = self.args.batch_size, self.diffusion.T, seeded(self.args.seed, FIRST_INDEX + step)
         matching = bool(self.args.student) or bool(self.args.steps) and step >= MATCHING_BEGINS * self.args.steps
-        cycle = STEP_COUNT_CYCLE[2:] if matching else STEP_COUNT_CYCLE  # while there is matching, not the whole path
-        random = dict(spans=sample_spans(n, T, cycle, generator), counts=torch.zeros(n, dtype=torch.long))
+        random = dict(spans=sample_spans(n, T, STEP_COUNT_CYCLE, generator), counts=torch.zeros(n, dtype=torch.long))
         if matching:
             random["counts"][1::2] = matched_counts(n // 2)
             random["spans"][1::2] = last_spans(random["counts"][1::2], T)
+            random["spans"][::2] = sample_spans(n - n // 2, T, STEP_COUNT_CYCLE[2:], generator)  # not the whole path
             times = [sample_timesteps(n, T, "logit-normal", generator) for _ in range(1 + FAKE_UPDATES)]
             random |= dict(match_t=times[0], fake_t=torch.stack(times[1:], dim=1))
         random |= dict(t=random["spans"][:, 0], u=torch.rand(n, generator=generator))
@@ -427,6 +427,8 @@ def main(argv: list[str] | None = None) -> int:
     args.guidance = args.guidance or [about["guidance"], *(about["guidance_interval"] or ())]
     with usage():
         guidance_settings(args.guidance, teacher.diffusion.T)
+    if args.guidance[0] != 1 and not about["null_class"]:
+        raise UsageError(f"{args.checkpoint} had no dropped labels, which guidance needs: set --guidance 1")
     data = run.load_data(config.image_size)
     C, S, _ = data.pixels[0].shape
     if (config.in_channels, config.image_size, about["classes"]) != (C, S, list(data.classes)):

@@ -68,7 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if one_each and args.per_class:
         raise UsageError("--trajectory and --compare-guidance sample one image a label: leave --per-class out")
     if args.compare_guidance:  # each row has its own weight, which acts throughout or at the LOW HIGH of --guidance
-        args.guidance = args.guidance or [1.0]
+        weight = next((w for w in args.compare_guidance if w != 1), 1.0)  # in their place for `open_model` to check
+        args.guidance = [weight, *(args.guidance or [])[1:]]
     return args
 
 
@@ -172,6 +173,11 @@ def generate(args: argparse.Namespace) -> Path:
     if args.image:
         strength = 0.6 if args.strength is None else args.strength
         trained.settings |= dict(image=read_image(args.image, trained), strength=strength)
+        steps, last = trained.settings["steps"], trained.diffusion.T - 1
+        begin = trained.timesteps(steps, strength)[0]
+        if begin > max(strength * last, 1):  # distilled weights know few timesteps
+            raise UsageError(f"with {steps} steps these weights begin with a --strength of {begin / last:.2f} or more: "
+                             "set that, or more --steps")
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     columns = len(labels) if per_class == 1 else per_class

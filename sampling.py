@@ -114,6 +114,13 @@ def guidance_settings(values: list[float], timesteps: int) -> dict:
     return dict(guidance=weight, guidance_interval=[int(t) for t in interval] or None)
 
 
+def of_batch(value: object, batch: slice, n: int) -> object:
+    """An option of `TrainedModel.sample_batch` for a batch of n images: where it holds n images, those of the batch."""
+    if isinstance(value, tuple):
+        return tuple(of_batch(part, batch, n) for part in value)
+    return value[batch] if isinstance(value, Tensor) and value.ndim == 4 and len(value) == n else value
+
+
 class TrainedModel:
     """A trained network, the diffusion process it was trained under, and the settings that suit it.
 
@@ -172,7 +179,8 @@ class TrainedModel:
                     callback(*step)
 
             for batch in batches:
-                x = self.sample_batch(labels[batch], indices=indices[batch], callback=after_step, **settings)
+                given = {name: of_batch(value, batch, len(labels)) for name, value in settings.items()}
+                x = self.sample_batch(labels[batch], indices=indices[batch], callback=after_step, **given)
                 images.append(x.cpu())
         return torch.cat(images) if images else torch.empty(0, *self.shape)
 

@@ -12,6 +12,8 @@ run with its log and checkpoints, signals, several processes.
 import argparse
 import copy
 import signal
+import sys
+from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
@@ -252,8 +254,9 @@ class Trainer:
         eps = torch.randn(count, *self.shape, generator=generator)
         some = torch.randperm(max(n, count), generator=generator)[:count] % n
         x0, y = dataset.to_float(images.pixels[some]), images.labels[some]
-        x0, y, t, eps = (values.to(self.device) for values in (x0, y, t, eps))
-        return self.diffusion.training_loss(self.ema, x0, y, t, eps).mean().item()
+        micro = (values.to(self.device).split(self.micro_batch_size) for values in (x0, y, t, eps))  # as much memory
+        losses = [self.diffusion.training_loss(self.ema, *values) for values in zip(*micro, strict=True)]
+        return torch.cat(losses).mean().item()
 
     def state(self) -> dict:
         """All weights and optimizer states. Random numbers need not be kept, since they follow from the step."""
@@ -264,6 +267,8 @@ class Trainer:
         """Resume from a checkpoint, `state` with its description. Raises some exception where it does not fit."""
         if state["diffusion"] != self.diffusion.config:
             raise ValueError("it describes another diffusion process")
+        if state.get("network", self.network.__name__) != self.network.__name__:
+            raise ValueError(f"it holds a {state['network'][:40]}, not a {self.network.__name__}")
         for name in ("model", "ema"):
             checkpoint.check_weights(self.network, self.config, state[name])
         if state["step"]:
@@ -344,13 +349,18 @@ def train(trainer: Trainer, run: RunDir, data: Images, what: str, held_out: Imag
 
 def main(argv: list[str] | None = None, trainer_class: type[Trainer] = Trainer) -> int:
     """Train as the command line says. Returns the exit status, and raises the errors of cli.run_script."""
-    run = RunDir(build_parser(), argv)
+    parser = build_parser()
+    if trainer_class is not Trainer:
+        parser.prog = Path(sys.argv[0]).name  # a script with a network or loss of its own resumes its own runs only
+    run = RunDir(parser, argv)
     args, state = run.args, run.state
     source = load_source(args, run.given) if args.init_from and not state else None
     if "timestep_mean" in run.given and args.timestep_distribution != "logit-normal":
         raise UsageError("--timestep-mean is for logit-normal timesteps: leave it out")
     with usage():
         guidance_settings(args.guidance or default_guidance(args), TIMESTEPS)
+    if args.guidance and args.guidance[0] != 1 and not args.label_dropout:
+        raise UsageError("guidance needs dropped labels: leave out --guidance, or --label-dropout 0")
     data = run.load_data(state["config"]["image_size"] if state else args.image_size)
     if source:
         state = checkpoint.start_from(source, trainer_class.network, data.pixels.shape[1:], data.classes)

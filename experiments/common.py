@@ -1,5 +1,6 @@
 """What the experiments share: train a network to a number of steps, and measure its samples there."""
 
+import argparse
 import json
 import statistics
 import sys
@@ -18,12 +19,33 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import train  # noqa: E402
 from classifier import DataReference  # noqa: E402
+from cli import Parser  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from metrics import labels_as_in, measure  # noqa: E402
 from rundir import settings  # noqa: E402
 from sampling import TrainedModel, to_uint8  # noqa: E402
 
 UNGUIDED = dict(guidance=1.0, guidance_interval=None)  # options of `TrainedModel.sample`
+
+
+def parse_args(name: str, description: str, argv: list[str] | None, dataset: str = "mnist") -> argparse.Namespace:
+    """The command line of the experiment `name`. With --quick, nothing is mixed with the results that are measured."""
+    parser = Parser(f"{name}.py", description)
+    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
+    parser.add_argument("--dataset", default=dataset, help=f"as of train.py (default: {dataset})")
+    parser.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to (default: data)")
+    parser.add_argument("--runs", type=Path, help=f"(default: runs/{name}, or runs/{name}-quick)")
+    parser.add_argument("--output", type=Path, help="folder of all results (default: experiments and assets, or with "
+                        f"--quick outputs/{name}-quick)")
+    args = parser.parse_args(argv)
+    name += "-quick" if args.quick else ""
+    if args.quick and not args.output:
+        args.output = Path("outputs") / name
+        args.output.mkdir(parents=True, exist_ok=True)
+    args.runs = args.runs or Path("runs") / name
+    args.results, args.figures = args.output or Path(__file__).parent, args.output or checkpoint.ASSETS
+    args.flags = ["--no-compile"] if args.quick else []
+    return args
 
 
 class Store:

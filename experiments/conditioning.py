@@ -17,12 +17,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import UNGUIDED, Store, gflops, hardware, measure_samples, seconds_a_step, train_to, trained_model
+from common import (
+    UNGUIDED,
+    Store,
+    gflops,
+    hardware,
+    measure_samples,
+    parse_args,
+    seconds_a_step,
+    train_to,
+    trained_model,
+)
 from torch import Tensor, nn
 
 import checkpoint
-from checkpoint import ASSETS
-from cli import Parser, run_script
+from cli import run_script
 from dit import MODELS, Attention, DiT, DiTBlock, DiTConfig, Mlp, modulate, unpatchify
 from metrics import Reference
 
@@ -231,16 +240,9 @@ def table(rows: list[dict], steps: list[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("conditioning.py", "Compare four ways to condition a DiT.")
-    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
-    parser.add_argument("--dataset", default="mnist", help="as of train.py (default: mnist)")
-    parser.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to (default: data)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/conditioning"), help="(default: runs/conditioning)")
-    parser.add_argument("--output", type=Path, help="folder of both results (default: experiments and assets)")
-    args = parser.parse_args(argv)
-    args.flags = ["--no-compile"] if args.quick else []
+    args = parse_args("conditioning", "Compare four ways to condition a DiT.", argv)
     args.steps, args.count, seeds = ([4, 8], 20, [0]) if args.quick else ([500, 1000, 2000], 2000, [0, 1])
-    reference, store = Reference(), Store((args.output or Path(__file__).parent) / "conditioning.json")
+    reference, store = Reference(), Store(args.results / "conditioning.json")
     for seed in seeds:
         for objective in OBJECTIVES:
             for name in NETWORKS:
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in store.rows:
         row["seconds_a_step"] = seconds[row["conditioning"]]
     store.save()
-    plot(store.rows, args.steps, (args.output or ASSETS) / "conditioning.png")
+    plot(store.rows, args.steps, args.figures / "conditioning.png")
     print(table(store.rows, args.steps))
 
 

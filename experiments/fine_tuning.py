@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Store, hardware, measure_samples, seconds_a_step, show_rows, train_to, trained_model
+from common import Store, hardware, measure_samples, parse_args, seconds_a_step, show_rows, train_to, trained_model
 from PIL import Image
 
 import checkpoint
 import dataset
-from checkpoint import ASSETS, BUNDLED_WEIGHTS
+from checkpoint import BUNDLED_WEIGHTS
 from classifier import DataReference
-from cli import Parser, run_script
+from cli import run_script
 from dit import MODELS, DiT, DiTConfig
 from metrics import Reference
 from sampling import grid
@@ -42,7 +42,8 @@ def run_one(beginning: str, steps: int, seed: int, args, store: Store, reference
     what = dict(beginning=beginning, steps=steps, seed=seed)
     if store.find(**what):
         return
-    flags = ["--dataset", args.dataset, "--image-size", "28", "--seed", str(seed), *BEGINNINGS[beginning], *args.flags]
+    flags = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--image-size", "28", "--seed", str(seed)]
+    flags += [*BEGINNINGS[beginning], *args.flags]
     folder = args.runs / f"{beginning.split()[0]}-{steps}-{seed}"
     trained = trained_model(train_to(folder, DiT, flags, steps), DiT)
     if seed == 0:
@@ -100,17 +101,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("fine_tuning.py", "Compare pre-trained weights with new ones.")
-    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
-    parser.add_argument("--dataset", default="letters", help="as of train.py (default: letters)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/fine-tuning"), help="(default: runs/fine-tuning)")
-    parser.add_argument("--output", type=Path, help="folder of all results (default: experiments and assets)")
-    args = parser.parse_args(argv)
-    args.flags = ["--no-compile", "--batch-size", "16"] if args.quick else []
+    args = parse_args("fine_tuning", "Compare pre-trained weights with new ones.", argv, "letters")
+    args.flags += ["--batch-size", "16"] if args.quick else []
     args.count, seeds = (20, [0]) if args.quick else (2000, [0, 1])
     steps = [2, 4] if args.quick else [400, 800, 1600, 3200]
-    store = Store((args.output or Path(__file__).parent) / "fine_tuning.json")
-    data = dataset.load(args.dataset, image_size=28)
+    store = Store(args.results / "fine_tuning.json")
+    data = dataset.load(args.dataset, args.data_dir, image_size=28)
     reference = Reference() if args.quick else DataReference(data)
     for n in steps:
         for seed in seeds:
@@ -121,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in store.rows:
         row["minutes"] = row["steps"] * seconds / 60
     store.save()
-    plot(store.rows, store.path.parent, (args.output or ASSETS) / "fine-tuning.png")
+    plot(store.rows, store.path.parent, args.figures / "fine-tuning.png")
     print(table(store.rows))
 
 

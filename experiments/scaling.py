@@ -18,6 +18,7 @@ from common import (
     gflops,
     hardware,
     measure_samples,
+    parse_args,
     seconds_a_step,
     show_rows,
     train_to,
@@ -26,8 +27,7 @@ from common import (
 from PIL import Image
 
 import checkpoint
-from checkpoint import ASSETS
-from cli import Parser, run_script
+from cli import run_script
 from dit import MODELS, DiT, DiTConfig
 from metrics import Reference
 from sampling import grid
@@ -125,18 +125,11 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("scaling.py", "Compare DiTs of several sizes and patches.")
-    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
-    parser.add_argument("--dataset", default="mnist", help="as of train.py (default: mnist)")
-    parser.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to (default: data)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/scaling"), help="(default: runs/scaling)")
-    parser.add_argument("--output", type=Path, help="folder of all results (default: experiments and assets)")
-    args = parser.parse_args(argv)
-    args.flags = ["--no-compile"] if args.quick else []
+    args = parse_args("scaling", "Compare DiTs of several sizes and patches.", argv)
     args.steps, args.count = ([2, 4], 20) if args.quick else ([250, 500, 1000], 2000)
     sizes = list(SIZES)[:2] if args.quick else list(SIZES)
     patches = list(PATCHES)[:2] if args.quick else list(PATCHES)
-    reference, store = Reference(), Store((args.output or Path(__file__).parent) / "scaling.json")
+    reference, store = Reference(), Store(args.results / "scaling.json")
     for size in sizes:
         for patch in patches:
             run_one(size, patch, args, store, reference)
@@ -145,9 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     for row in store.rows:
         row["seconds_a_step"] = seconds[row["model"]]
     store.save()
-    plot(store.rows, (args.output or ASSETS) / "scaling.png")
+    plot(store.rows, args.figures / "scaling.png")
     pictures = {f"{s}/{p}": Image.open(store.path.parent / f"scaling-{s}{p}.png") for s in sizes for p in patches}
-    plot_samples(pictures, (args.output or ASSETS) / "scaling-samples.png")
+    plot_samples(pictures, args.figures / "scaling-samples.png")
     print(table(store.rows))
 
 

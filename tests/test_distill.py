@@ -292,6 +292,16 @@ def test_a_dry_run_of_distilling_changes_nothing(tiny_run, matching):
     assert_equal_states(trainer.state(), other.state())
 
 
+def test_while_samples_are_matched_the_other_images_learn_steps_of_all_sizes_but_the_largest(tiny_run):
+    trainer = new_trainer(tiny_run, "--student", "a run")
+    sizes = set()
+    for step in range(20):
+        random = trainer.randomness(step)
+        t, s = random["spans"][random["counts"] == 0].double().unbind(1)
+        sizes |= set((trainer.diffusion.T / (t - s)).log2().round().exp2().tolist())
+    assert sizes == set(STEP_COUNTS) - {1}
+
+
 def test_fake_learns_only_while_samples_are_matched_and_from_them_alone(trainer):
     x0, y = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
     before = copy.deepcopy(trainer.fake.state_dict())

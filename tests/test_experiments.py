@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 from conftest import ROOT, settings_of
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -69,6 +71,13 @@ def test_the_clock_of_a_step_runs_over_five_whole_steps(monkeypatch):
     monkeypatch.setattr(common.time, "perf_counter", lambda: happened.append("clock") or float(len(happened)))
     common.seconds_a_step({"a": (None, None), "b": (None, None)}, [], rounds=1)
     assert happened == 2 * ["step", "wait", "clock", *5 * ["step"], "wait", "clock"]
+
+
+def test_quick_results_are_not_mixed_with_those_that_were_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick, real = (common.parse_args("scaling", "", flags) for flags in (["--quick"], []))
+    assert quick.results == quick.figures == Path("outputs/scaling-quick") and quick.results.is_dir()
+    assert quick.runs != real.runs and real.figures == checkpoint.ASSETS
 
 
 @pytest.mark.slow

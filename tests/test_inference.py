@@ -18,7 +18,7 @@ import cli
 import inference
 import model_flags
 import sample_npz
-from checkpoint import CheckpointError
+from checkpoint import BUNDLED_WEIGHTS, DISTILLED_WEIGHTS, CheckpointError, load_model
 from cli import UsageError
 from conftest import ROOT, run_script, trained
 from dataset import DataError
@@ -163,6 +163,23 @@ def test_inpainting_keeps_its_half(generate, tiny_run, images, half, kept):
     for i in range(6):
         assert np.array_equal(sampled[i][kept], given[kept]) and not np.array_equal(sampled[i], given)
     assert Image.open(generate("--inpaint", half, image, "--per-class", 2)).size[0] > 0
+
+
+def test_images_to_begin_with_are_divided_into_batches_like_the_labels():
+    trained = load_model(BUNDLED_WEIGHTS)
+    images, mask = torch.rand(3, *trained.shape) * 2 - 1, inference.half_mask("left", trained.shape[1])
+    for options in (dict(image=images, strength=0.5), dict(inpaint=(images, mask)), dict(start=images)):
+        whole, parts = (trained.sample([3, 4, 5], size, steps=2, **options) for size in (3, 2))
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+
+
+def test_distilled_weights_keep_an_image_only_from_the_timesteps_that_they_know(generate, tmp_path):
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "image.png")
+    flags = ["--from", tmp_path / "image.png", "--labels", 3, "--per-class", 1]
+    for steps, strength, least in ((1, 0.6, "1.00"), (2, 0.4, "0.50"), (4, 0, "0.25")):
+        with pytest.raises(UsageError, match=f"begin with a --strength of {least} or more: set that, or more --steps"):
+            generate(*flags, "--steps", steps, "--strength", strength, weights=DISTILLED_WEIGHTS)
+    assert generate(*flags, "--steps", 4, weights=DISTILLED_WEIGHTS).exists()
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])

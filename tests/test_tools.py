@@ -79,6 +79,12 @@ def test_a_sweep_plots_a_picture(what, weights, monkeypatch, tmp_path):
     assert (tmp_path / "outputs" / f"sweep-{what}-1.png").exists()
 
 
+def test_the_sweep_over_samplers_sets_them_by_itself():
+    for flags in (["--sampler", "ddim"], ["--sampler", "ddim", "--eta", "0.5"], ["--steps", "5"]):
+        with pytest.raises(UsageError, match="sets --sampler and --steps by itself"):
+            sweep.parse_args(["sampler", *flags])
+
+
 def test_distilled_weights_are_swept_over_the_steps_that_they_learned(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "bootstrap", lambda *_: (0.0, 1.0))

@@ -15,14 +15,17 @@ import torch
 
 import checkpoint
 import dataset
+import distill
 import dit
+import inference
 import train
 from checkpoint import CheckpointError
 from cli import UsageError, WorkError
 from conftest import ROOT, TINY, assert_equal_states, losses, run_script, trained
 from dataset import IDX_FILES, DataError
+from dit import DiT
 from optim import update_ema
-from rundir import new_folder
+from rundir import RunDir, new_folder
 from runlog import progress_bar
 from sampling import TrainedModel
 from train import Trainer
@@ -211,6 +214,35 @@ def test_without_dropped_labels_samples_are_not_guided(images, tmp_path):
     run("--dataset", images, *TINY, "--steps", 1, "--label-dropout", 0, "--run-dir", tmp_path / "run")
     state = checkpoint.load(tmp_path / "run")
     assert state["guidance"] == 1.0 and state["guidance_interval"] is None
+    with pytest.raises(UsageError, match="guidance needs dropped labels: leave out --guidance, or"):
+        run("--dataset", images, *TINY, "--steps", 1, "--label-dropout", 0, "--guidance", 3)
+    with pytest.raises(UsageError, match="had no dropped labels, which guidance needs: set --guidance 1"):
+        distill.main([str(tmp_path / "run"), "--dataset", str(images), "--guidance", "3", "--device", "cpu"])
+    words = ["--checkpoint", str(tmp_path / "run"), "--compare-guidance", "0", "1", "--device", "cpu"]
+    with pytest.raises(UsageError, match="was trained without dropped labels"):
+        inference.generate(inference.parse_args(words))
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_trainer_of_ones_own_resumes_its_own_runs_only(images, tmp_path, monkeypatch, capsys):
+    class MyDiT(DiT):
+        pass
+
+    class MyTrainer(train.Trainer):
+        network = MyDiT
+
+    monkeypatch.setattr(sys, "argv", ["folder/mine.py"])
+    new = ["--dataset", str(images), *TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "asked_to_stop", lambda run: run.step == 1)
+        train.main(new, MyTrainer)
+    assert "resume with: python mine.py --resume" in capsys.readouterr().out
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(UsageError, match="was begun by mine.py: continue it with python mine.py"):
+        train.main(resume)
+    with pytest.raises(CheckpointError, match="it holds a MyDiT, not a OtherDiT"):
+        train.main(resume, type("OtherTrainer", (MyTrainer,), dict(network=type("OtherDiT", (DiT,), {}))))
+    assert train.main(resume, MyTrainer) == 0
 
 
 @pytest.mark.usefixtures("small_network")

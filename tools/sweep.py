@@ -55,10 +55,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flag, points = SWEEPS[args.what]
     one_weight = args.guidance is not None and len(args.guidance) == 1
-    if (one_weight if args.what == "guidance" else args.steps is not None):
+    given = args.steps is not None or args.what == "sampler" and (args.sampler or args.eta)
+    if (one_weight if args.what == "guidance" else given):
         raise UsageError(f"this sweep sets {flag} by itself: leave it out")
     if args.what == "guidance":  # each point has its own weight, which acts throughout or at LOW HIGH of --guidance
-        args.guidance = args.guidance or [1.0]
+        args.guidance = [2.0, *(args.guidance or [])[1:]]
     return args
 
 
@@ -66,7 +67,8 @@ def nfe(trained: TrainedModel, settings: dict) -> int:
     """The number of function evaluations: calls of the network for an image. A guided step has two."""
     low, high = settings["guidance_interval"] or (0, math.inf)
     timesteps = trained.timesteps(settings["steps"])
-    guided = sum(settings["guidance"] != 1 and low <= t <= high for t in timesteps)
+    has_labels = trained.model.config.num_classes > 0
+    guided = sum(has_labels and settings["guidance"] != 1 and low <= t <= high for t in timesteps)
     return len(timesteps) + guided
 
 
