@@ -27,7 +27,7 @@ from tqdm import tqdm
 import dataset
 import folders
 from checkpoint import write_whole
-from cli import RANK, Parser, UsageError, number, output_path, run_script
+from cli import RANK, Parser, UsageError, number, output_path, run_script, usage
 from model_flags import add_model_flags, open_model, parse_labels
 from sampling import MAX_GUIDANCE, TrainedModel, crossfade, grid, image_noise, slerp
 
@@ -173,11 +173,8 @@ def generate(args: argparse.Namespace) -> Path:
     if args.image:
         strength = 0.6 if args.strength is None else args.strength
         trained.settings |= dict(image=read_image(args.image, trained), strength=strength)
-        steps, last = trained.settings["steps"], trained.diffusion.T - 1
-        begin = trained.timesteps(steps, strength)[0]
-        if begin > max(strength * last, 1):  # distilled weights know few timesteps
-            raise UsageError(f"with {steps} steps these weights begin with a --strength of {begin / last:.2f} or more: "
-                             "set that, or more --steps")
+        with usage():
+            trained.timesteps(trained.settings["steps"], strength)
     per_class = 1 if args.trajectory or args.compare_guidance else args.per_class or 10
     labels = torch.tensor(parse_labels(args.labels, classes)).repeat_interleave(per_class)
     columns = len(labels) if per_class == 1 else per_class

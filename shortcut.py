@@ -8,6 +8,7 @@ A span (t, s) is a sampling step from timestep t to s < t, where s = -1 is the c
 is t - s, and a single step from noise to image has size T.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -68,6 +69,14 @@ class ShortcutModel(TrainedModel):
         return predict
 
     def timesteps(self, steps: int, strength: float = 1.0) -> list[int]:
-        """Those of its timesteps that are at most `strength` of the way to the noise: it has learned no others."""
+        """Those of its timesteps that are at most `strength` of the way to the noise: it has learned no others.
+
+        Raises ValueError where there is none.
+        """
         timesteps = shortcut_timesteps(self.diffusion.T, steps)
-        return [t for t in timesteps if t <= strength * timesteps[0]] or timesteps[-1:]
+        known = [t for t in timesteps if t <= strength * timesteps[0]]
+        if not known:
+            least = math.ceil(100 * timesteps[-1] / timesteps[0]) / 100
+            raise ValueError(f"with {steps} steps these weights begin with a --strength of {least:.2f} or more: "
+                             "set that, or more --steps")
+        return known

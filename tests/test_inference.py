@@ -176,10 +176,12 @@ def test_images_to_begin_with_are_divided_into_batches_like_the_labels():
 def test_distilled_weights_keep_an_image_only_from_the_timesteps_that_they_know(generate, tmp_path):
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "image.png")
     flags = ["--from", tmp_path / "image.png", "--labels", 3, "--per-class", 1]
-    for steps, strength, least in ((1, 0.6, "1.00"), (2, 0.4, "0.50"), (4, 0, "0.25")):
+    for steps, strength, least in ((1, 0.6, "1.00"), (2, 0.4, "0.50"), (4, 0, "0.25"), (8, 0.12, "0.13")):
         with pytest.raises(UsageError, match=f"begin with a --strength of {least} or more: set that, or more --steps"):
             generate(*flags, "--steps", steps, "--strength", strength, weights=DISTILLED_WEIGHTS)
+        assert generate(*flags, "--steps", steps, "--strength", least, weights=DISTILLED_WEIGHTS).exists()
     assert generate(*flags, "--steps", 4, weights=DISTILLED_WEIGHTS).exists()
+    assert generate(*flags, "--steps", 4, "--strength", 0.5, weights=BUNDLED_WEIGHTS).exists()  # any
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
