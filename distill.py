@@ -193,7 +193,8 @@ class DistillTrainer(Trainer):
     First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch is for that
     and the other half for samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
     own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2). Where the
-    student begins with distilled weights, `fake` learns alone for FAKE_ALONE steps, and then samples are matched.
+    student begins with distilled weights, `fake` learns alone for FAKE_ALONE steps, and then samples are matched. Then
+    the teacher, and `fake`, may be larger networks than the student.
     """
 
     network = ShortcutDiT
@@ -204,18 +205,16 @@ class DistillTrainer(Trainer):
         student: ShortcutModel | None = None,
     ):
         self.teacher, self.student = teacher, student
-        super().__init__(teacher.model.config, args, device, state)
+        super().__init__((student or teacher).model.config, args, device, state)
 
     def make_networks(self) -> None:
         teacher = self.teacher.model
         self.diffusion, self.label_dropout = self.teacher.diffusion, 0.0
         self.guidance = dict(guidance=1.0, guidance_interval=None)
         self.teacher_guidance = guidance_settings(self.args.guidance, self.diffusion.T)
-        self.model = ShortcutDiT(self.config).to(self.device)
-        self.model.load_state_dict(teacher.state_dict(), strict=False)
-        self.fake, self.fake_alone = copy.deepcopy(self.model), FAKE_ALONE if self.args.student else 0
-        if self.student:
-            self.model.load_state_dict(self.student.model.state_dict())
+        self.fake, self.fake_alone = ShortcutDiT(teacher.config).to(self.device), FAKE_ALONE if self.args.student else 0
+        self.fake.load_state_dict(teacher.state_dict(), strict=False)
+        self.model = copy.deepcopy(self.student.model if self.student else self.fake)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.ddp_fake = distributed(self.fake)
         self.optimizers = make_optimizers(self.model, self.args)
@@ -352,7 +351,7 @@ class DistillTrainer(Trainer):
 
     def load(self, state: dict) -> None:
         super().load({**state, "step": max(0, state["step"] - self.fake_alone)})  # the steps that the student has taken
-        checkpoint.check_weights(ShortcutDiT, self.config, state["fake"])
+        checkpoint.check_weights(ShortcutDiT, self.teacher.model.config, state["fake"])
         if "fake_optimizers" in state:  # not before the matching
             load_optimizers(self.fake_optimizers, state["fake_optimizers"])
         self.fake.load_state_dict(state["fake"])
@@ -373,7 +372,7 @@ def build_parser() -> Parser:
     flag = parser.group("distillation")
     flag("checkpoint", str(BUNDLED_WEIGHTS), "what to distill, a file or the folder of a run (default: the bundled "
          "weights)", nargs="?")
-    flag("--student", None, "distilled weights to begin with, of the same shape and schedule; then the distributions "
+    flag("--student", None, "distilled weights to begin with, for the same images and schedule; then the distributions "
          f"are matched from step {FAKE_ALONE} on, and the network fake learns before (default: the student begins as "
          "its teacher)")
     flag("--guidance", None, "scale to learn; with LOW HIGH, at these timesteps only (default: that of the weights)",
@@ -401,16 +400,21 @@ def load_teacher(run: RunDir) -> TrainedModel:
 
 
 def load_student(run: RunDir, teacher: TrainedModel) -> ShortcutModel | None:
-    """The weights to begin with, if --student names some. Raises UsageError, CheckpointError."""
+    """The student of the run to resume, or the weights to begin with, if --student names some.
+
+    Raises UsageError, CheckpointError.
+    """
     source = run.args.student
     if source and (run.args.steps or 0) <= FAKE_ALONE:  # or --minutes, whose steps are not known yet
         raise UsageError(f"with --student the network fake learns alone for {FAKE_ALONE} steps: give more --steps")
-    if not source or run.state:
+    if run.state:
+        return checkpoint.build(run.state, run.device)
+    if not source:
         return None
     student = checkpoint.load_model(source, run.device)
-    alike = student.model.config == teacher.model.config and student.diffusion.config == teacher.diffusion.config
-    if not isinstance(student, ShortcutModel) or not alike:
-        raise UsageError(f"{source} was not distilled from a network of this shape and schedule: leave --student out")
+    purpose, of_teacher = ((x.shape, x.description["classes"], x.diffusion.config) for x in (student, teacher))
+    if not isinstance(student, ShortcutModel) or purpose != of_teacher:
+        raise UsageError(f"{source} was not distilled for these images and this schedule: leave --student out")
     return student
 
 
@@ -423,15 +427,14 @@ def main(argv: list[str] | None = None) -> int:
     args = run.args
     teacher = load_teacher(run)
     student = load_student(run, teacher)
-    config, about = teacher.model.config, teacher.description
+    about = teacher.description
     args.guidance = args.guidance or [about["guidance"], *(about["guidance_interval"] or ())]
     with usage():
         guidance_settings(args.guidance, teacher.diffusion.T)
     if args.guidance[0] != 1 and not about["null_class"]:
         raise UsageError(f"{args.checkpoint} had no dropped labels, which guidance needs: set --guidance 1")
-    data = run.load_data(config.image_size)
-    C, S, _ = data.pixels[0].shape
-    if (config.in_channels, config.image_size, about["classes"]) != (C, S, list(data.classes)):
+    data = run.load_data(teacher.model.config.image_size)
+    if (teacher.shape, about["classes"]) != (tuple(data.pixels[0].shape), list(data.classes)):
         trained = f"{args.checkpoint} was trained on {about['data']}, and these are {data.source}"
         raise UsageError(f"{trained}, of other classes or size: give its --dataset")
     trainer = DistillTrainer(teacher, args, run.device, run.state, student)

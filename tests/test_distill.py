@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 
@@ -219,11 +220,18 @@ def test_a_distilled_run_resumes_to_the_bit_without_its_teacher(tiny_run, images
 
 
 @pytest.mark.parametrize("stop", [2, 5])  # while only `fake` learns, and after
-def test_a_run_that_begins_with_a_student_resumes_to_the_bit(tiny_run, images, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_that_begins_with_a_student_resumes_to_the_bit(tiny_run, images, tmp_path, monkeypatch, other, stop):
+    """Also where the teacher is a network of another shape than that from which the student was distilled."""
     monkeypatch.setattr(distill, "FAKE_ALONE", 3)
     small = ["--dataset", images, "--batch-size", 16, "--warmup", 2, "--no-compile", "--device", "cpu"]
     assert run(tiny_run, *small, "--steps", 2, "--run-dir", tmp_path / "student") == 0
-    arguments = [tiny_run, "--student", tmp_path / "student", *small, "--steps", 6]
+    teacher = tiny_run
+    if other:
+        model, teacher = network(), tmp_path / "other.safetensors"
+        description = {**checkpoint.load_model(tiny_run).description, "config": asdict(model.config)}
+        checkpoint.save(teacher, description, model.state_dict())
+    arguments = [teacher, "--student", tmp_path / "student", *small, "--steps", 6]
     assert run(*arguments, "--run-dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "asked_to_stop", lambda self: self.step == stop)
@@ -248,7 +256,7 @@ def test_a_distilled_run_is_not_resumed_as_another(tiny_run, images, tmp_path):
         run("--resume", tmp_path / "parts", "--steps", 7, "--guidance", 3)
     with pytest.raises(UsageError, match="is distilled already"):
         run(tmp_path / "parts", "--dataset", images)
-    with pytest.raises(UsageError, match="was not distilled from a network of this shape and schedule"):
+    with pytest.raises(UsageError, match="was not distilled for these images and this schedule"):
         run(tiny_run, "--student", tiny_run, "--dataset", images)
     for command, folder in ((train.main, tmp_path / "parts"), (main, tiny_run)):  # each resumes its own runs
         with pytest.raises(UsageError, match=r"was begun by .*: continue it with python"):
