@@ -48,7 +48,7 @@ MATCHED_COUNTS = (1, 1, 2, 4)  # the number of steps in the path that each sampl
 MATCHING_WEIGHT = 0.5       # of `matching_loss`, beside `shortcut_loss` for as many other images
 # For each of these paths, the fraction of the teacher's guidance (its scale - 1) for the distribution to match. The
 # steps before the last one are guided already, since the student learns them as shortcuts.
-MATCHING_GUIDANCE = {1: 0.35, 2: 0.1, 4: 0.0}
+MATCHING_GUIDANCE = {1: 0.35, 2: 0.2, 4: 0.05}
 FAKE_UPDATES = 3            # of the network `fake`, before each step of the student
 FAKE_LR = 5e-4              # its learning rate
 FAKE_ALONE = 400            # with --student, the first steps, in which only `fake` learns
