@@ -193,8 +193,8 @@ class DistillTrainer(Trainer):
     First the student learns shortcuts. After a fraction MATCHING_BEGINS of the training, half of each batch is for that
     and the other half for samples that are matched. Before each of these steps, `fake` takes FAKE_UPDATES steps of its
     own, with fresh samples, so that it keeps up with the student (the two time scales of DMD2, section 4.2). Where the
-    student begins with distilled weights, `fake` learns alone for FAKE_ALONE steps, and then samples are matched. Then
-    the teacher, and `fake`, may be larger networks than the student.
+    student begins with distilled weights, `fake` learns alone for FAKE_ALONE steps, and then samples are matched. In
+    that case the teacher, and `fake` with it, may be a network of another shape than the student.
     """
 
     network = ShortcutDiT
