@@ -201,8 +201,8 @@ class Mlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift every token of x (B, N, D) by vectors (B, D). Thanks to 1 + scale, zeros leave x as it is."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Scale and shift every token of x (B, N, D) by vectors (B, 1, D). Thanks to 1 + scale, zeros leave x as it is."""
+    return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -227,9 +227,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))              # (B, N, D)
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))               # (B, N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)  # (B, 1, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, N, D)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))   # (B, N, D)
         return x
 
 
@@ -243,7 +243,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 

@@ -95,7 +95,7 @@ class AdaLNBlock(DiTBlock):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=1)
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c)[:, None].chunk(4, dim=2)
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
